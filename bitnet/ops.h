@@ -1,0 +1,172 @@
+/*
+ops.h: the contract between the model and the machine. THE ONLY SEAM of this project.
+
+Every prototype below is implemented twice: by train_bitnet.c (CPU, OpenMP) and by train_bitnet.cu (CUDA).
+Everything above it (bitnet/, modes/) is written once and sees only these functions.
+
+The rules on both sides:
+  Below the line  an op knows pointers, sizes and numbers. It does not allocate, print, or know Config, and it
+                  decides nothing: no schedules, no defaults, no "if training".
+  Above the line  nobody dereferences a device pointer and nobody mentions OpenMP or CUDA. Memory that ops work on
+                  comes from dev_malloc and is filled and read with dev_copy_in / dev_copy_out.
+
+How to read a prototype: outputs first, then inputs, then sizes. `(=)` an output is overwritten, `(+=)` it is added to:
+parameter gradients accumulate over micro-batches, activation gradients are overwritten unless marked.
+Shapes are row-major. Letters:
+  B batch rows   T positions   R = B*T rows of tokens   C = dim   V vocabulary   L layers
+  NH query heads   NKV key/value heads   HS head size   F FFN width   N, K = outputs, inputs of a matrix product
+  QKV = (NH + 2 NKV) HS: the columns of q, k and v stored side by side.
+Prefix d = gradient of the loss with respect to; q = integer codes; s = scale (value = code * scale).
+
+The promise that makes sampling, training and export agree: THE BITS OF A ROW DEPEND ON THAT ROW ALONE (and on the
+weights), never on how many rows stand beside it, on their position in the batch, or on the number of threads.
+*/
+#ifndef BITNET_OPS_H
+#define BITNET_OPS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+// The type of activations and their gradients. The CPU works in float; the CUDA file defines its own before it
+// includes this one. Parameters, their gradients and the optimizer state are always float.
+#ifndef BITNET_FLOATX
+#define BITNET_FLOATX
+typedef float floatX;
+#endif
+
+enum { PRECISION_BF16 = 0, PRECISION_FP32 = 1 };   // what the operands of float products are rounded to
+enum { ACT_RELU2 = 0, ACT_SILU = 1 };              // the gate of the FFN: max(z,0)^2 or z * sigmoid(z)
+
+/*
+Quantised activations, the input of a BitLinear: R rows of K values in the form that the current lambda asks for.
+  lambda = 1, bits > 0: data = int8 codes [R,K] and s[r] with  value = code * s[r]
+  otherwise:            data = floatX [R,K] = x + lambda (Q(x) - x)   (the value itself where bits = 0)
+Allocate R*K*sizeof(floatX) bytes, or R*K where lambda stays 1.
+*/
+typedef struct {
+  void *data;
+  float *s;       // [R]
+  float lambda;
+  int bits;       // 8 or 4; 0 = activations are not quantised
+} QAct;
+
+/*
+A BitLinear weight made ready for products by weight_quantize, once per optimizer step.
+Up to three logical matrices may lie side by side (q,k,v or gate,up): N counts all their rows, and each keeps its own
+scale; gamma therefore is stored per output row.
+  lambda = 1: ternary codes, weight = code * gamma[n].  lambda < 1: floats w + lambda (Q(w) - w).
+*/
+typedef struct {
+  int N, K;            // outputs, inputs
+  int parts[3];        // rows of each logical matrix; the rest 0; they sum to N
+  float lambda;        // of the last weight_quantize
+  int precision;       // PRECISION_*: of products with float operands
+  void *data;          // bitweight_bytes(N, K) bytes in whatever layout the backend likes
+  float *gamma;        // [N]
+  const float *bias;   // [N], or NULL
+} BitWeight;
+
+// ---- device -----------------------------------------------------------------------------------------------
+
+// threads: 0 = one per physical core. Returns the number in use. Call before everything else.
+int dev_init(int threads);
+// One line for people: "CPU, 2 threads, AVX-512 VNNI" (static storage).
+const char *dev_name(void);
+// Zeroed, 64-byte aligned memory that ops can use; NULL when there is not enough.
+void *dev_malloc(size_t bytes);
+void dev_free(void *p);
+// Free memory of the device in bytes, 0 if unknown.
+size_t dev_memory_free(void);
+void dev_zero(void *dst, size_t bytes);
+void dev_copy(void *dst, const void *src, size_t bytes);       // device -> device, no overlap
+void dev_copy_in(void *dst, const void *src, size_t bytes);    // host -> device
+void dev_copy_out(void *dst, const void *src, size_t bytes);   // device -> host; waits for all work before it
+// floatX on the device <-> float on the host, n elements. For tests, dumps and the sampler.
+void dev_floatx_in(floatX *dst, const float *src, size_t n);
+void dev_floatx_out(float *dst, const floatX *src, size_t n);
+// Scratch of the backend (packed operands, partial sums). Reserve once, before the first step; ops die on a shortage.
+size_t ops_scratch_bytes(size_t max_rows, size_t max_n, size_t max_k);
+void ops_set_scratch(void *scratch, size_t bytes);
+
+// ---- embedding --------------------------------------------------------------------------------------------
+
+// out (=) [R,C] = wte[tokens[r]];  wte [V,C]
+void embedding_forward(floatX *out, const int *tokens, const float *wte, int R, int C);
+// dwte (+=) [V,C]
+void embedding_backward(float *dwte, const floatX *dout, const int *tokens, int R, int V, int C);
+
+// ---- norms and quantisation of activations ----------------------------------------------------------------
+
+// out (=) [R,C] = gain * x * rstd,  rstd (=) [R] = 1 / sqrt(mean x^2 + eps)
+void rmsnorm_forward(floatX *out, float *rstd, const floatX *x, const float *gain, int R, int C, float eps);
+// dx (+=) [R,C], dgain (+=) [C]
+void rmsnorm_backward(floatX *dx, float *dgain, const floatX *dout, const floatX *x, const float *gain, const float *rstd, int R, int C);
+// out (=) = Q(x) in the form that out->lambda and out->bits ask for
+void act_quant_forward(QAct *out, const floatX *x, int R, int K);
+// The two above in one pass over the row: out (=) = Q(rmsnorm(x)), rstd (=)
+void rmsnorm_quant_forward(QAct *out, float *rstd, const floatX *x, const float *gain, int R, int C, float eps);
+// Per-head norm of q and k (Qwen3): out (=) [R,QKV] with v copied, rstd (=) [R, NH+NKV]; gains [HS] each
+void headnorm_forward(floatX *out, float *rstd, const floatX *qkv, const float *qgain, const float *kgain,
+                      int R, int NH, int NKV, int HS, float eps);
+// dqkv in place: gradient of the output in, of the input out. dqgain, dkgain (+=) [HS]
+void headnorm_backward(floatX *dqkv, float *dqgain, float *dkgain, const floatX *qkv, const float *qgain, const float *kgain,
+                       const float *rstd, int R, int NH, int NKV, int HS);
+
+// ---- matrix products --------------------------------------------------------------------------------------
+
+// Bytes of BitWeight.data.
+size_t bitweight_bytes(int N, int K);
+// w.data, w.gamma, w.lambda (=) from the master weights [N,K]
+void weight_quantize(BitWeight *w, const float *master, float lambda);
+// codes (=) [N,K] int8 in {-1,0,1}, device memory, of a BitWeight at lambda = 1: for export, statistics and tests
+void bitweight_codes(int8_t *codes, const BitWeight *w);
+// out (=) [R,N] = x w' + bias + residual;  residual [R,N] or NULL (may be out itself)
+void bitlinear_forward(floatX *out, const QAct *x, const BitWeight *w, const floatX *residual, int R);
+// Straight-through: dx (=) [R,K] = dout w_eff, dw (+=) [N,K] = dout' x_eff, dbias (+=) [N] or NULL
+void bitlinear_backward(floatX *dx, float *dw, float *dbias, const floatX *dout, const QAct *x, const BitWeight *w, int R);
+// A plain float matrix w [N,K] without bias (the classifier): out (=) [R,N]
+void linear_forward(floatX *out, const floatX *x, const float *w, int R, int N, int K, int precision);
+// dx (=) [R,K], dw (+=) [N,K]
+void linear_backward(floatX *dx, float *dw, const floatX *dout, const floatX *x, const float *w, int R, int N, int K, int precision);
+
+// ---- attention --------------------------------------------------------------------------------------------
+
+// Rotates q and k of qkv [R,QKV] in place by the angle of position pos[r]. cossin [positions, HS]: HS/2 cosines, then HS/2
+// sines. direction +1 = forward, -1 = backward (the inverse rotation is the transpose).
+void rope_apply(floatX *qkv, const int *pos, const float *cossin, int R, int NH, int NKV, int HS, int direction);
+// Causal attention inside documents: position t sees start[b,t] .. t. out (=) [B,T,NH*HS]; lse (=) [B,T,NH] is the log of
+// each softmax's denominator, which the backward pass needs.
+void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *start, int B, int T, int NH, int NKV, int HS);
+// dqkv (=) [B,T,QKV]
+void attention_backward(floatX *dqkv, const floatX *dout, const floatX *out, const float *lse, const floatX *qkv, const int *start,
+                        int B, int T, int NH, int NKV, int HS);
+// Attention against a cache. Row r belongs to sequence seq[r] at position pos[r]; its k and v are stored first, for all rows,
+// then it sees positions 0 .. pos[r] of its sequence. kcache, vcache [sequences, capacity, NKV*HS]; out (=) [R,NH*HS]
+void attention_cached(floatX *out, floatX *kcache, floatX *vcache, const floatX *qkv, const int *seq, const int *pos,
+                      int R, int capacity, int NH, int NKV, int HS);
+
+// ---- feed-forward -----------------------------------------------------------------------------------------
+
+// gate_up [R,2F]: gate in columns 0..F-1, up in F..2F-1.  u = act(gate) * up;  out (=) = Q(rmsnorm(u)), or Q(u) where gain is
+// NULL; rstd (=) [R] where gain is given.
+void glu_quant_forward(QAct *out, float *rstd, const floatX *gate_up, const float *gain, int R, int F, int act, float eps);
+// dgate_up (=) [R,2F], dgain (+=) [F] where gain is given; dout [R,F] is overwritten (used as scratch)
+void glu_backward(floatX *dgate_up, float *dgain, floatX *dout, const floatX *gate_up, const float *gain, const float *rstd,
+                  int R, int F, int act);
+
+// ---- loss -------------------------------------------------------------------------------------------------
+
+// losses (=) [R] = logsumexp(logits[r]) - logits[r, target], 0 where target < 0 (ignored); lse (=) [R]
+void cross_entropy_forward(float *losses, float *lse, const floatX *logits, const int *targets, int R, int V);
+// logits in place -> dlogits (=) [R,V] = coef[r] * (softmax(logits[r]) - onehot(target)), 0 where target < 0
+void cross_entropy_backward(floatX *logits, const float *lse, const int *targets, const float *coef, int R, int V);
+
+// ---- optimizer --------------------------------------------------------------------------------------------
+
+// *out (=) = sum of x[i]^2 in double, folded in an order that depends on n only. out is device memory.
+void sum_squares(double *out, const float *x, size_t n);
+// AdamW, step t counted from 1: g' = gscale * g; m, v moments; p -= lr (mhat / (sqrt(vhat) + eps) + wd p)
+void adamw_update(float *p, float *m, float *v, const float *g, size_t n, float gscale, float lr, float beta1, float beta2,
+                  float eps, float wd, int t);
+
+#endif
