@@ -120,7 +120,7 @@ size_t bitweight_bytes(int N, int K);
 void weight_quantize(BitWeight *w, const float *master, float lambda);
 // codes (=) [N,K] int8 in {-1,0,1}, device memory, of a BitWeight at lambda = 1: for export, statistics and tests
 void bitweight_codes(int8_t *codes, const BitWeight *w);
-// out (=) [R,N] = x w' + bias + residual;  residual [R,N] or NULL (may be out itself)
+// out (=) [R,N] = x w' + bias + residual;  residual [R,N] or NULL; it must not be out
 void bitlinear_forward(floatX *out, const QAct *x, const BitWeight *w, const floatX *residual, int R);
 // Straight-through: dx (=) [R,K] = dout w_eff, dw (+=) [N,K] = dout' x_eff, dbias (+=) [N] or NULL
 void bitlinear_backward(floatX *dx, float *dw, float *dbias, const floatX *dout, const QAct *x, const BitWeight *w, int R);

@@ -1,0 +1,146 @@
+/*
+quant.h: the numbers of a 1.58-bit model.
+
+What it is:  the ternary quantiser of weights, the int8 quantiser of activations, the lambda mix that leads from float to
+             ternary, its schedules over a run, and the packing of four codes into a byte. The scalar formulas here are the
+             only ones in the project: the CPU ops, the CUDA kernels and the exporters all call them.
+What not:    no loops over models and no products; see train_bitnet.c (ops) and matmul.h (products).
+Read before: bitnet/utils.h. Formulas and their sources: README, "The recipe".
+Defines:     ternary_gamma, ternary_code, act_inverse_scale, act_code, lambda_mix, lambda_at, pack4, unpack4.
+*/
+#ifndef BITNET_QUANT_H
+#define BITNET_QUANT_H
+
+#include "bitnet/options.h"   // the names of the lambda schedules
+#include "bitnet/utils.h"
+
+// Under nvcc the scalar formulas are compiled for both sides of the bus.
+#ifdef __CUDACC__
+#define QUANT_FN __host__ __device__ static inline
+#else
+#define QUANT_FN UNUSED static inline
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+/*
+Weights: absmean, one scale for a whole matrix (BitNet b1.58).
+
+    gamma = max(mean |W|, 1e-5)        Q(W) = clamp(round(W / gamma), -1, 1) * gamma
+
+Dividing by the mean magnitude puts the rounding thresholds at half of it: weights below 0.5 gamma become 0 (about 31 % of
+a Gaussian), the others keep only their sign. Rounding is half to even as in PyTorch, and W is multiplied by the
+precomputed inverse because that is what the reference does: a division could round a tie the other way.
+*/
+QUANT_FN float ternary_gamma(float mean_abs) {
+  return mean_abs > 1e-5f ? mean_abs : 1e-5f;
+}
+
+QUANT_FN int ternary_code(float w, float inverse_gamma) {
+  float r = rintf(w * inverse_gamma);
+  return r > 0 ? 1 : r < 0 ? -1 : 0;
+}
+
+/*
+Activations: absmax, one scale for each token.
+
+    a = max(max |x|, 1e-5)        Q(x) = clamp(round(x * 127 / a), -128, 127) * a / 127
+
+The largest element of the row always becomes +-127, so nothing is clipped and the error of an element is at most a / 254.
+With bits = 4 the range is -8..7 and 127 becomes 7.
+*/
+QUANT_FN float act_levels(int bits) {
+  return (float)((1 << (bits - 1)) - 1);
+}
+
+// What x is multiplied by before it is rounded; its inverse is the scale of the codes.
+QUANT_FN float act_inverse_scale(float abs_max, int bits) {
+  return act_levels(bits) / (abs_max > 1e-5f ? abs_max : 1e-5f);
+}
+
+// levels = act_levels(bits). Clamping before the conversion keeps huge values from overflowing the integer.
+QUANT_FN float act_round(float x, float inverse_scale, float levels) {
+  float r = rintf(x * inverse_scale);
+  r = r > levels ? levels : r;
+  return r < -levels - 1 ? -levels - 1 : r;
+}
+
+/*
+The bridge from float to ternary: v_eff = v + lambda (Q(v) - v).
+
+lambda = 0 is a plain float network, lambda = 1 the 1.58-bit one. The backward pass is "straight-through": (Q(v) - v) counts as
+a constant, so dv = dv_eff at every lambda. Rounding has a zero derivative almost everywhere; pretending that it is the
+identity is what lets the float master weights collect many small steps until a code flips.
+*/
+QUANT_FN float lambda_mix(float v, float quantised, float lambda) {
+  return v + lambda * (quantised - v);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+/*
+Schedules: lambda for update t = 0 .. T-1, a pure function, so a resumed run needs no state. u = t / T.
+
+    warmup       min(t / W, 1); W steps of ramp (W = 0: 1 from the start)
+    linear       u                         accelerated  min(2u, 1)
+    cosine       (1 - cos(pi min(t/W, 1))) / 2
+    exponential  1 - (1 - u)^k             fast first, then levelling off; k = 8
+    sigmoid      1 / (1 + exp(-k (u - 1/2))), stretched so that it starts at 0 and ends at 1; k = 100
+    step         1/4, 2/4, 3/4, 1 by quarters of the run
+    none         1
+*/
+UNUSED static double lambda_at(int schedule, int64_t t, int64_t T, int64_t W, double k) {
+  double u = T > 0 ? (double)t / (double)T : 1.0;
+  double ramp = W > 0 && t < W ? (double)t / (double)W : 1.0;
+  if (u > 1) u = 1;
+  switch (schedule) {
+    case LAMBDA_WARMUP: return ramp;
+    case LAMBDA_LINEAR: return u;
+    case LAMBDA_ACCELERATED: return 2 * u < 1 ? 2 * u : 1;
+    case LAMBDA_COSINE: return 0.5 * (1 - cos(3.14159265358979323846 * ramp));
+    case LAMBDA_EXPONENTIAL: return 1 - pow(1 - u, k > 0 ? k : 8);
+    case LAMBDA_SIGMOID: {
+      if (k <= 0) k = 100;
+      double low = 1 / (1 + exp(k / 2)), high = 1 / (1 + exp(-k / 2));
+      return (1 / (1 + exp(-k * (u - 0.5))) - low) / (high - low);
+    }
+    case LAMBDA_STEP: return u < 0.25 ? 0.25 : u < 0.5 ? 0.5 : u < 0.75 ? 0.75 : 1;
+    default: return 1;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+/*
+Packing, the layout of transformers' uint8 weights: four rows share a byte. With R = out/4 byte rows, logical row
+i*R + r of column c sits in bits 2i..2i+1 of packed[r][c], as code + 1 (0, 1, 2; 3 never occurs).
+
+        byte row r:   [ row r+3R | row r+2R | row r+R | row r ]   high bits ... low bits
+*/
+
+// packed (=) [out/4, in] from codes [out, in]; out must be a multiple of 4.
+UNUSED static void pack4(uint8_t *packed, const int8_t *codes, size_t out, size_t in) {
+  size_t R = out / 4;
+  for (size_t r = 0; r < R; r++) {
+    for (size_t c = 0; c < in; c++) {
+      unsigned byte = 0;
+      for (size_t i = 0; i < 4; i++) byte |= (unsigned)(codes[(i * R + r) * in + c] + 1) << (2 * i);
+      packed[r * in + c] = (uint8_t)byte;
+    }
+  }
+}
+
+// codes (=) [out, in]. Returns 1, or 0 if a byte holds the code 3, which no packer writes: the data are damaged.
+UNUSED static int unpack4(int8_t *codes, const uint8_t *packed, size_t out, size_t in) {
+  size_t R = out / 4;
+  int ok = 1;
+  for (size_t r = 0; r < R; r++) {
+    for (size_t c = 0; c < in; c++) {
+      for (size_t i = 0; i < 4; i++) {
+        int code = (packed[r * in + c] >> (2 * i) & 3) - 1;
+        if (code == 2) ok = 0;
+        codes[(i * R + r) * in + c] = (int8_t)code;
+      }
+    }
+  }
+  return ok;
+}
+
+#endif

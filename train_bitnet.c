@@ -1,0 +1,850 @@
+/*
+train_bitnet.c: THE TUTORIAL. Every operation of a BitNet b1.58 language model on the CPU, forward beside its
+handwritten backward, in the order in which a token meets them on its way through the network.
+
+What it is:  the CPU side of bitnet/ops.h, and a main of a few lines.
+What not:    the model (bitnet/model.h puts these operations in a row), the training loop (bitnet/trainer.h), the fast inner
+             products (matmul.h), the formulas of the quantisers (quant.h).
+Read before: bitnet/ops.h, which states the shapes and who overwrites and who adds.
+Read after:  bitnet/model.h, modes/pretrain.h.
+
+A training step is this, and nothing else:
+    forward    tokens -> embedding -> L times [norm, attention, norm, feed-forward] -> norm -> logits -> loss
+    backward   the same list from the end to the start; each function turns "gradient of its output" into "gradient of its
+               inputs and parameters"
+    update     AdamW moves the float master weights; the ternary weights of the next step are rounded from them
+
+Derivations stand above the backward functions. Notation: dy means the gradient of the loss with respect to y; sums over rows are
+over all tokens of the batch. Every loop over rows is parallel; every sum across rows is cut into blocks whose size
+depends on the shape only and folded in order, so the result has the same bits for any number of threads.
+*/
+#include "bitnet/ops.h"        // the contract that this file implements
+#include "bitnet/utils.h"      // die, memory, random numbers, time
+#include "matmul.h"            // exp_fast, gemm_f32, gemm_i8, ternary_pack_panels
+#include "quant.h"             // ternary_gamma, ternary_code, act_inverse_scale, act_round, lambda_mix
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// The device. On the CPU device memory is ordinary memory.
+
+enum { ROWS_PER_CHUNK = 256 };   // rows that are summed together before the partial sums are folded
+
+static struct {
+  char *data;
+  size_t bytes;
+} scratch_;
+
+// The CPUs that are the first hardware thread of their core; SMT siblings share the vector units and only add noise.
+static int physical_cores(void) {
+  int cores = 0, cpus = (int)sysconf(_SC_NPROCESSORS_ONLN);
+  for (int cpu = 0; cpu < cpus; cpu++) {
+    char path[128];
+    int first = cpu;
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+    FILE *f = fopen(path, "r");
+    if (f) {
+      if (fscanf(f, "%d", &first) != 1) first = cpu;
+      fclose(f);
+    }
+    cores += first == cpu;
+  }
+  return cores > 0 ? cores : 1;
+}
+
+int dev_init(int threads) {
+#ifdef _OPENMP
+  if (threads <= 0) {
+    int cores = physical_cores(), allowed = omp_get_num_procs();
+    threads = cores < allowed ? cores : allowed;
+    if (getenv("OMP_NUM_THREADS")) threads = omp_get_max_threads();
+  }
+  omp_set_num_threads(threads);
+#else
+  (void)physical_cores;
+  (void)threads;
+#endif
+  return thread_count();
+}
+
+const char *dev_name(void) {
+  static char name[128];
+#if defined(BITNET_VNNI)
+  const char *isa = "AVX-512 VNNI";
+#elif defined(__AVX512F__)
+  const char *isa = "AVX-512";
+#elif defined(__AVX2__)
+  const char *isa = "AVX2";
+#elif defined(__aarch64__)
+  const char *isa = "NEON";
+#else
+  const char *isa = "portable";
+#endif
+#ifdef _OPENMP
+  snprintf(name, sizeof name, "CPU, %d thread%s, %s", thread_count(), thread_count() == 1 ? "" : "s", isa);
+#else
+  snprintf(name, sizeof name, "CPU, 1 thread (built without OpenMP), %s", isa);
+#endif
+  return name;
+}
+
+void *dev_malloc(size_t bytes) {
+  if (alloc_guard) die(EXIT_FAILED, "bug: %zu bytes of device memory allocated inside a training step", bytes);
+  size_t rounded = (bytes + 63) / 64 * 64;
+  if (rounded < bytes) return NULL;
+  void *p = aligned_alloc(64, rounded ? rounded : 64);
+  if (p) memset(p, 0, rounded);
+  return p;
+}
+
+void dev_free(void *p) {
+  free(p);
+}
+
+// What the kernel believes can be given out without swapping.
+size_t dev_memory_free(void) {
+  size_t kib = 0;
+  char line[256];
+  FILE *f = fopen("/proc/meminfo", "r");
+  if (f == NULL) return 0;
+  while (fgets(line, sizeof line, f)) {
+    if (sscanf(line, "MemAvailable: %zu kB", &kib) == 1) break;
+  }
+  fclose(f);
+  return kib * 1024;
+}
+
+void dev_zero(void *dst, size_t bytes) {
+  memset(dst, 0, bytes);
+}
+
+void dev_copy(void *dst, const void *src, size_t bytes) {
+  memcpy(dst, src, bytes);
+}
+
+void dev_copy_in(void *dst, const void *src, size_t bytes) {
+  memcpy(dst, src, bytes);
+}
+
+void dev_copy_out(void *dst, const void *src, size_t bytes) {
+  memcpy(dst, src, bytes);
+}
+
+void dev_floatx_in(floatX *dst, const float *src, size_t n) {
+  memcpy(dst, src, n * sizeof(float));
+}
+
+void dev_floatx_out(float *dst, const floatX *src, size_t n) {
+  memcpy(dst, src, n * sizeof(float));
+}
+
+// The largest of: packed operands of a product; two rows for each thread; one partial sum for each chunk of rows.
+size_t ops_scratch_bytes(size_t max_rows, size_t max_n, size_t max_k) {
+  size_t width = max_n > max_k ? max_n : max_k;
+  size_t rows = (size_t)thread_count() * 2 * width * sizeof(float);
+  size_t chunks = (max_rows / ROWS_PER_CHUNK + 1) * width * sizeof(float);
+  size_t most = gemm_scratch_bytes();
+  if (rows > most) most = rows;
+  return chunks > most ? chunks : most;
+}
+
+void ops_set_scratch(void *scratch, size_t bytes) {
+  scratch_.data = (char *)scratch;
+  scratch_.bytes = bytes;
+}
+
+static float *scratch_floats(size_t n) {
+  if (n * sizeof(float) > scratch_.bytes) die(EXIT_FAILED, "bug: an op needs %zu bytes of scratch, %zu reserved", n * sizeof(float), scratch_.bytes);
+  return (float *)scratch_.data;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Sums across rows and over whole tensors, in an order that only depends on the shape.
+
+/*
+out[c] += sum over rows r of f(r, c), where a caller has left the sums of each chunk of ROWS_PER_CHUNK rows in
+partial [chunks, C].
+*/
+static void fold_chunks(float *out, const float *partial, size_t chunks, size_t C) {
+#pragma omp parallel for schedule(static)
+  for (size_t c = 0; c < C; c++) {
+    float sum = 0;
+    for (size_t k = 0; k < chunks; k++) sum += partial[k * C + c];
+    out[c] += sum;
+  }
+}
+
+// out[c] += sum_r x[r,c], x [R,C]: the gradient of a bias.
+static void add_column_sums(float *out, const float *x, size_t R, size_t C) {
+  size_t chunks = (R + ROWS_PER_CHUNK - 1) / ROWS_PER_CHUNK;
+  float *partial = scratch_floats(chunks * C);
+#pragma omp parallel for schedule(static)
+  for (size_t k = 0; k < chunks; k++) {
+    float *sum = partial + k * C;
+    memset(sum, 0, C * sizeof(float));
+    for (size_t r = k * ROWS_PER_CHUNK; r < R && r < (k + 1) * ROWS_PER_CHUNK; r++) {
+      for (size_t c = 0; c < C; c++) sum[c] += x[r * C + c];
+    }
+  }
+  fold_chunks(out, partial, chunks, C);
+}
+
+// The sum of |x| or of x^2 over n values in double: up to 1024 equal chunks, folded in order.
+static double fold_sum(const float *x, size_t n, int squares) {
+  double partial[1024];
+  size_t size = n / 1024 + 1, chunks = (n + size - 1) / size;
+#pragma omp parallel for schedule(static)
+  for (size_t k = 0; k < chunks; k++) {
+    size_t end = (k + 1) * size < n ? (k + 1) * size : n;
+    double sum = 0;
+    if (squares) {
+#pragma omp simd reduction(+ : sum)
+      for (size_t i = k * size; i < end; i++) sum += (double)x[i] * (double)x[i];
+    } else {
+#pragma omp simd reduction(+ : sum)
+      for (size_t i = k * size; i < end; i++) sum += fabs((double)x[i]);
+    }
+    partial[k] = sum;
+  }
+  double total = 0;
+  for (size_t k = 0; k < chunks; k++) total += partial[k];
+  return total;
+}
+
+void sum_squares(double *out, const float *x, size_t n) {
+  *out = fold_sum(x, n, 1);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Embedding: each token id picks a row of the table.
+
+void embedding_forward(floatX *out, const int *tokens, const float *wte, int R, int C) {
+#pragma omp parallel for schedule(static)
+  for (int r = 0; r < R; r++) memcpy(out + (size_t)r * C, wte + (size_t)tokens[r] * C, (size_t)C * sizeof(float));
+}
+
+/*
+out[r] = wte[tokens[r]], so a row of the table collects the gradients of all places where its token occurred:
+    dwte[v] += sum over r with tokens[r] = v of dout[r]
+Two rows of the batch may hold the same token, so threads share the columns out, not the rows: each adds its columns for all r in order.
+*/
+void embedding_backward(float *dwte, const floatX *dout, const int *tokens, int R, int V, int C) {
+  (void)V;
+#pragma omp parallel for schedule(static)
+  for (int c0 = 0; c0 < C; c0 += 16) {
+    int c1 = c0 + 16 < C ? c0 + 16 : C;
+    for (int r = 0; r < R; r++) {
+      float *d = dwte + (size_t)tokens[r] * C;
+      for (int c = c0; c < c1; c++) d[c] += dout[(size_t)r * C + c];
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Quantisation of activations.
+
+/*
+Writes row r of a QAct from K floats; quant.h explains the quantiser. At lambda = 1 that is K int8 codes and one scale, else the mix of
+the value and its quantised form as floats. Infinity or NaN in the row makes the scale NaN, so that it reaches the loss
+and is seen there, instead of being rounded to a harmless integer.
+*/
+static void quantise_row(QAct *out, size_t r, const float *RESTRICT x, size_t K) {
+  if (out->bits == 0) {
+    memcpy((float *)out->data + r * K, x, K * sizeof(float));
+    return;
+  }
+  float top = 0, bad = 0;   // bad: 0, or NaN if any value is not finite
+#pragma omp simd reduction(max : top) reduction(+ : bad)
+  for (size_t k = 0; k < K; k++) {
+    float a = fabsf(x[k]);
+    top = a > top ? a : top;
+    bad += x[k] * 0.0f;
+  }
+  float levels = act_levels(out->bits), inverse = act_inverse_scale(top, out->bits), scale = 1.0f / inverse;
+  if (out->lambda == 1.0f) {
+    int8_t *RESTRICT q = (int8_t *)out->data + r * K;
+    out->s[r] = bad == 0 ? scale : NAN;
+    if (bad == 0) {
+      for (size_t k = 0; k < K; k++) q[k] = (int8_t)act_round(x[k], inverse, levels);
+    } else {
+      memset(q, 0, K);
+    }
+  } else {
+    float *RESTRICT eff = (float *)out->data + r * K, lambda = out->lambda;
+    for (size_t k = 0; k < K; k++) eff[k] = lambda_mix(x[k], act_round(x[k], inverse, levels) * scale, lambda) + bad;
+  }
+}
+
+void act_quant_forward(QAct *out, const floatX *x, int R, int K) {
+#pragma omp parallel for schedule(static)
+  for (int r = 0; r < R; r++) quantise_row(out, (size_t)r, x + (size_t)r * K, (size_t)K);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// RMSNorm: every token is scaled to a root mean square of 1, then each channel by its gain.
+
+// 1 / sqrt(mean x^2 + eps) of one row.
+static float row_rstd(const float *x, size_t C, float eps) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (size_t c = 0; c < C; c++) sum += x[c] * x[c];
+  return 1.0f / sqrtf(sum / (float)C + eps);
+}
+
+void rmsnorm_forward(floatX *out, float *rstd, const floatX *x, const float *gain, int R, int C, float eps) {
+#pragma omp parallel for schedule(static)
+  for (int r = 0; r < R; r++) {
+    const float *row = x + (size_t)r * C;
+    float s = rstd[r] = row_rstd(row, (size_t)C, eps);
+    for (int c = 0; c < C; c++) out[(size_t)r * C + c] = gain[c] * (row[c] * s);
+  }
+}
+
+void rmsnorm_quant_forward(QAct *out, float *rstd, const floatX *x, const float *gain, int R, int C, float eps) {
+  float *rows = scratch_floats((size_t)thread_count() * C);
+#pragma omp parallel for schedule(static)
+  for (int r = 0; r < R; r++) {
+    float *RESTRICT normed = rows + (size_t)thread_index() * C;
+    const float *row = x + (size_t)r * C;
+    float s = rstd[r] = row_rstd(row, (size_t)C, eps);
+    for (int c = 0; c < C; c++) normed[c] = gain[c] * (row[c] * s);
+    quantise_row(out, (size_t)r, normed, (size_t)C);
+  }
+}
+
+/*
+y = g * xh,  xh = x r,  r = (mean x^2 + eps)^(-1/2)           (g and xh are vectors of C channels, r one number)
+
+  dg  += dy * xh                                              summed over rows
+  dxh  = g * dy
+  r depends on every x:  dr/dx_c = -r^3 x_c / C, so
+  dx_c = r dxh_c + (sum_k dxh_k x_k) (-r^3 x_c / C)
+       = r (dxh_c - xh_c mean_k(dxh_k xh_k))
+The second term removes the part of the gradient that points along x: making x longer does not change y.
+
+One row: adds to dx and dg.
+*/
+static void rmsnorm_backward_row(float *RESTRICT dx, float *RESTRICT dgain, const float *RESTRICT dy, const float *RESTRICT x,
+                                 const float *RESTRICT gain, float r, size_t C) {
+  float dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (size_t c = 0; c < C; c++) dot += gain[c] * dy[c] * (x[c] * r);
+  float mean = dot / (float)C;
+  for (size_t c = 0; c < C; c++) {
+    float xh = x[c] * r;
+    dgain[c] += dy[c] * xh;
+    dx[c] += r * (gain[c] * dy[c] - xh * mean);
+  }
+}
+
+void rmsnorm_backward(floatX *dx, float *dgain, const floatX *dout, const floatX *x, const float *gain, const float *rstd, int R, int C) {
+  int chunks = (R + ROWS_PER_CHUNK - 1) / ROWS_PER_CHUNK;
+  float *partial = scratch_floats((size_t)chunks * C);
+#pragma omp parallel for schedule(static)
+  for (int k = 0; k < chunks; k++) {
+    float *dg = partial + (size_t)k * C;
+    memset(dg, 0, (size_t)C * sizeof(float));
+    for (int r = k * ROWS_PER_CHUNK; r < R && r < (k + 1) * ROWS_PER_CHUNK; r++) {
+      size_t at = (size_t)r * C;
+      rmsnorm_backward_row(dx + at, dg, dout + at, x + at, gain, rstd[r], (size_t)C);
+    }
+  }
+  fold_chunks(dgain, partial, (size_t)chunks, (size_t)C);
+}
+
+/*
+The same norm over each head of q and k (Qwen3 has it): a "row" is one head of HS values, q heads share one gain, k heads another, and
+v passes through.
+*/
+void headnorm_forward(floatX *out, float *rstd, const floatX *qkv, const float *qgain, const float *kgain,
+                      int R, int NH, int NKV, int HS, float eps) {
+  size_t QKV = (size_t)(NH + 2 * NKV) * HS;
+#pragma omp parallel for schedule(static)
+  for (int r = 0; r < R; r++) {
+    for (int h = 0; h < NH + NKV; h++) {
+      const float *x = qkv + (size_t)r * QKV + (size_t)h * HS, *gain = h < NH ? qgain : kgain;
+      float *y = out + (size_t)r * QKV + (size_t)h * HS;
+      float s = rstd[(size_t)r * (NH + NKV) + h] = row_rstd(x, (size_t)HS, eps);
+      for (int i = 0; i < HS; i++) y[i] = gain[i] * (x[i] * s);
+    }
+    size_t v = (size_t)r * QKV + (size_t)(NH + NKV) * HS;
+    memcpy(out + v, qkv + v, (size_t)NKV * HS * sizeof(float));
+  }
+}
+
+// rmsnorm_backward_row for each head; the gains' gradients are summed in chunks of rows. The gradient is replaced, not added
+// to, so each head works on a copy.
+void headnorm_backward(floatX *dqkv, float *dqgain, float *dkgain, const floatX *qkv, const float *qgain, const float *kgain,
+                       const float *rstd, int R, int NH, int NKV, int HS) {
+  size_t QKV = (size_t)(NH + 2 * NKV) * HS;
+  int chunks = (R + ROWS_PER_CHUNK - 1) / ROWS_PER_CHUNK;
+  size_t stride = 2 * (size_t)HS;                                       // partial sums of both gains
+  float *partial = scratch_floats((size_t)(chunks + thread_count()) * stride), *copies = partial + (size_t)chunks * stride;
+#pragma omp parallel for schedule(static)
+  for (int k = 0; k < chunks; k++) {
+    float *dg = partial + (size_t)k * stride, *dy = copies + (size_t)thread_index() * stride;
+    memset(dg, 0, stride * sizeof(float));
+    for (int r = k * ROWS_PER_CHUNK; r < R && r < (k + 1) * ROWS_PER_CHUNK; r++) {
+      for (int h = 0; h < NH + NKV; h++) {
+        size_t at = (size_t)r * QKV + (size_t)h * HS;
+        memcpy(dy, dqkv + at, (size_t)HS * sizeof(float));
+        memset(dqkv + at, 0, (size_t)HS * sizeof(float));
+        rmsnorm_backward_row(dqkv + at, h < NH ? dg : dg + HS, dy, qkv + at, h < NH ? qgain : kgain,
+                             rstd[(size_t)r * (NH + NKV) + h], (size_t)HS);
+      }
+    }
+  }
+  for (int i = 0; i < HS; i++) {
+    float dq = 0, dk = 0;
+    for (int k = 0; k < chunks; k++) {
+      dq += partial[(size_t)k * stride + i];
+      dk += partial[(size_t)k * stride + HS + i];
+    }
+    dqgain[i] += dq;
+    dkgain[i] += dk;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// BitLinear: the matrix product whose weights are ternary and whose inputs are int8.
+
+// data of a BitWeight at lambda = 1: codes [N,K] row by row, then the same codes in the panels that gemm_i8 reads.
+static uint8_t *ternary_panels(const BitWeight *w) {
+  return (uint8_t *)w->data + ((size_t)w->N * w->K + 63) / 64 * 64;
+}
+
+size_t bitweight_bytes(int N, int K) {
+  size_t n = (size_t)N, k = (size_t)K, codes = (n * k + 63) / 64 * 64 + ternary_panel_bytes(n, k);
+  return n * k * sizeof(float) > codes ? n * k * sizeof(float) : codes;
+}
+
+void weight_quantize(BitWeight *w, const float *master, float lambda) {
+  size_t K = (size_t)w->K, row = 0;
+  w->lambda = lambda;
+  for (int part = 0; part < 3 && w->parts[part] > 0; part++) {
+    size_t rows = (size_t)w->parts[part], n = rows * K;
+    float mean = (float)(fold_sum(master + row * K, n, 0) / (double)n);
+    float gamma = mean == mean ? ternary_gamma(mean) : mean, inverse = 1.0f / gamma;
+    for (size_t i = 0; i < rows; i++) w->gamma[row + i] = gamma;
+#pragma omp parallel for schedule(static)
+    for (size_t i = row; i < row + rows; i++) {
+      const float *RESTRICT m = master + i * K;
+      if (lambda == 1.0f) {
+        int8_t *RESTRICT q = (int8_t *)w->data + i * K;
+        for (size_t k = 0; k < K; k++) q[k] = (int8_t)ternary_code(m[k], inverse);
+      } else {
+        float *RESTRICT eff = (float *)w->data + i * K;
+        for (size_t k = 0; k < K; k++) eff[k] = lambda_mix(m[k], (float)ternary_code(m[k], inverse) * gamma, lambda);
+      }
+    }
+    row += rows;
+  }
+  if (lambda == 1.0f) ternary_pack_panels(ternary_panels(w), (const int8_t *)w->data, (size_t)w->N, K);
+}
+
+void bitweight_codes(int8_t *codes, const BitWeight *w) {
+  memcpy(codes, w->data, (size_t)w->N * w->K);
+}
+
+// Sets the operand B of a product to a matrix that lies as floats or as codes.
+static void set_b(Product *g, const void *data, int codes, size_t row_stride, size_t col_stride) {
+  g->B = codes ? NULL : (const float *)data;
+  g->B_codes = codes ? (const int8_t *)data : NULL;
+  g->b_row = row_stride;
+  g->b_col = col_stride;
+}
+
+static int has_codes(const QAct *x) {
+  return x->lambda == 1.0f && x->bits > 0;
+}
+
+/*
+y = x_eff w_eff' (+ bias) (+ residual). At lambda = 1 both are integers times a scale,
+
+    y[r,n] = sum_k (q[r,k] s[r]) (t[n,k] gamma[n]) = s[r] gamma[n] * sum_k q[r,k] t[n,k]
+
+and the sum runs in int32, exactly. Otherwise, and where activations stay float, it is an ordinary product.
+*/
+void bitlinear_forward(floatX *out, const QAct *x, const BitWeight *w, const floatX *residual, int R) {
+  size_t N = (size_t)w->N, K = (size_t)w->K;
+  if (w->lambda == 1.0f && has_codes(x)) {
+    gemm_i8(out, NULL, (const int8_t *)x->data, x->s, ternary_panels(w), w->gamma, w->bias, residual, (size_t)R, N, K);
+    return;
+  }
+  Product g = {0};
+  g.M = (size_t)R, g.N = N, g.K = K;
+  g.A = (const float *)x->data, g.a_row = K, g.a_col = 1;
+  set_b(&g, w->data, w->lambda == 1.0f, 1, K);   // B(k,n) = w[n,k]
+  g.C = out;
+  g.precision = w->precision;
+  if (w->lambda == 1.0f) {                        // float activations, ternary weights: the scale comes last
+    gemm_f32(&g, scratch_floats(gemm_scratch_bytes() / sizeof(float)));
+#pragma omp parallel for schedule(static)
+    for (size_t r = 0; r < (size_t)R; r++) {
+      for (size_t n = 0; n < N; n++) out[r * N + n] = out[r * N + n] * w->gamma[n] + (w->bias ? w->bias[n] : 0.0f) + (residual ? residual[r * N + n] : 0.0f);
+    }
+  } else {
+    g.bias = w->bias;
+    g.residual = residual;
+    gemm_f32(&g, scratch_floats(gemm_scratch_bytes() / sizeof(float)));
+  }
+}
+
+/*
+y = x_eff w_eff' with x_eff = x + lambda (Q(x) - x) and w_eff likewise. Straight-through: (Q(x) - x) and (Q(w) - w) count as constants,
+so dx = dx_eff and dw = dw_eff, at every lambda:
+
+    dx[r,k] = sum_n dy[r,n] w_eff[n,k]          dw[n,k] += sum_r dy[r,n] x_eff[r,k]          dbias[n] += sum_r dy[r,n]
+
+At lambda = 1 w_eff = gamma[n] t[n,k] and x_eff = s[r] q[r,k]. The scale belongs to the index that is summed over, so it is
+multiplied into dy while dy is packed; the other operand stays a matrix of small integers, exact in any format.
+*/
+void bitlinear_backward(floatX *dx, float *dw, float *dbias, const floatX *dout, const QAct *x, const BitWeight *w, int R) {
+  size_t N = (size_t)w->N, K = (size_t)w->K;
+  float *scratch = scratch_floats(gemm_scratch_bytes() / sizeof(float));
+  int ternary = w->lambda == 1.0f;
+  Product g = {0};
+  g.M = (size_t)R, g.N = K, g.K = N;                    // dx = dy w_eff
+  g.A = dout, g.a_row = N, g.a_col = 1, g.a_scale = ternary ? w->gamma : NULL;
+  set_b(&g, w->data, ternary, K, 1);
+  g.C = dx;
+  g.precision = w->precision;
+  gemm_f32(&g, scratch);
+  g.M = N, g.N = K, g.K = (size_t)R;                    // dw += dy' x_eff
+  g.A = dout, g.a_row = 1, g.a_col = N, g.a_scale = has_codes(x) ? x->s : NULL;
+  set_b(&g, x->data, has_codes(x), K, 1);
+  g.C = dw, g.accumulate = 1;
+  gemm_f32(&g, scratch);
+  if (dbias) add_column_sums(dbias, dout, (size_t)R, N);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Rotary position embedding.
+
+/*
+Every pair (x_i, x_{i+HS/2}) of a head is rotated by the angle pos * theta^(-2i/HS). The dot product of a rotated q and a rotated k
+then depends only on the distance of their positions.
+
+    y_i = x_i cos - x_j sin        y_j = x_j cos + x_i sin        (j = i + HS/2)
+
+The rotation R is orthogonal, so the gradient goes back through its transpose, the rotation by the opposite angle:
+dx = R' dy, the same code with direction -1.
+*/
+void rope_apply(floatX *qkv, const int *pos, const float *cossin, int R, int NH, int NKV, int HS, int direction) {
+  size_t QKV = (size_t)(NH + 2 * NKV) * HS;
+  int half = HS / 2;
+#pragma omp parallel for schedule(static)
+  for (int r = 0; r < R; r++) {
+    const float *RESTRICT cosine = cossin + (size_t)pos[r] * HS, *RESTRICT sine = cosine + half;
+    for (int h = 0; h < NH + NKV; h++) {
+      float *RESTRICT x = qkv + (size_t)r * QKV + (size_t)h * HS, *RESTRICT y = x + half;
+      for (int i = 0; i < half; i++) {
+        float a = x[i], b = y[i], s = sine[i] * (float)direction;
+        x[i] = a * cosine[i] - b * s;
+        y[i] = b * cosine[i] + a * s;
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Attention.
+
+enum { KEY_BLOCK = 64 };   // keys that are scored before the running softmax is corrected
+
+static float dot_product(const float *RESTRICT a, const float *RESTRICT b, int n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; i++) sum += a[i] * b[i];
+  return sum;
+}
+
+/*
+One query against n keys: out (=) sum_j p_j v_j with p = softmax_j(q.k_j / sqrt(HS)). Returns log sum_j exp(score_j).
+
+The keys come in blocks. Softmax needs the largest score to stay in range, which is only known at the end, so the sums so far carry the
+largest score seen so far and are scaled down whenever a block raises it ("online softmax"): nothing of size T x T is stored. The
+blocks are counted from the first key, so the bits depend only on q, the keys and the values (and training and sampling agree, for
+they run this same function). Keys and values of neighbouring
+positions are `stride` floats apart.
+*/
+static __attribute__((noinline)) float attend(float *RESTRICT out, const float *q, const float *k, const float *v, size_t stride, int n, int HS) {
+  float scale = 1.0f / sqrtf((float)HS), top = -INFINITY, sum = 0;
+  for (int i = 0; i < HS; i++) out[i] = 0;
+  for (int j0 = 0; j0 < n; j0 += KEY_BLOCK) {
+    int m = n - j0 < KEY_BLOCK ? n - j0 : KEY_BLOCK;
+    float p[KEY_BLOCK], block_top = top;
+    for (int j = 0; j < m; j++) {
+      p[j] = dot_product(q, k + (size_t)(j0 + j) * stride, HS) * scale;
+      block_top = p[j] > block_top ? p[j] : block_top;
+    }
+    float shrink = j0 == 0 ? 0.0f : exp_fast(top - block_top);
+    top = block_top;
+    for (int j = 0; j < m; j++) p[j] = exp_fast(p[j] - top);
+    sum *= shrink;
+    for (int i = 0; i < HS; i++) out[i] *= shrink;
+    for (int j = 0; j < m; j++) {
+      const float *RESTRICT vj = v + (size_t)(j0 + j) * stride;
+      sum += p[j];
+      for (int i = 0; i < HS; i++) out[i] += p[j] * vj[i];
+    }
+  }
+  for (int i = 0; i < HS; i++) out[i] *= 1.0f / sum;
+  return top + logf(sum);
+}
+
+void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *start, int B, int T, int NH, int NKV, int HS) {
+  size_t QKV = (size_t)(NH + 2 * NKV) * HS;
+#pragma omp parallel for collapse(2) schedule(static)
+  for (int b = 0; b < B; b++) {
+    for (int h = 0; h < NH; h++) {
+      int kvh = h / (NH / NKV);   // NH/NKV query heads share one key/value head
+      for (int t = 0; t < T; t++) {
+        size_t bt = (size_t)b * T + t;
+        int s = start[bt];
+        const float *k = qkv + ((size_t)b * T + s) * QKV + (size_t)(NH + kvh) * HS, *v = k + (size_t)NKV * HS;
+        lse[bt * NH + h] = attend(out + (bt * NH + h) * HS, qkv + bt * QKV + (size_t)h * HS, k, v, QKV, t - s + 1, HS);
+      }
+    }
+  }
+}
+
+/*
+s_j = scale q.k_j,   p_j = exp(s_j - lse),   o = sum_j p_j v_j             (j runs over the keys that this query sees)
+
+  dv_j += p_j do                      from o
+  dp_j  = do.v_j
+  ds_j  = p_j (dp_j - sum_m p_m dp_m) the derivative of softmax; and sum_m p_m dp_m = do.o, one number D for each query
+  dq   += scale ds_j k_j
+  dk_j += scale ds_j q
+The probabilities are recomputed from lse, so the forward stores one number per query and head instead of a row of T. Each key/value
+head, with all the query heads that share it, is one task: nobody else writes its dk and dv.
+*/
+void attention_backward(floatX *dqkv, const floatX *dout, const floatX *out, const float *lse, const floatX *qkv, const int *start,
+                        int B, int T, int NH, int NKV, int HS) {
+  size_t QKV = (size_t)(NH + 2 * NKV) * HS;
+  float scale = 1.0f / sqrtf((float)HS);
+  int group = NH / NKV;
+#pragma omp parallel for collapse(2) schedule(static)
+  for (int b = 0; b < B; b++) {
+    for (int kvh = 0; kvh < NKV; kvh++) {
+      size_t k_col = (size_t)(NH + kvh) * HS, v_col = k_col + (size_t)NKV * HS;
+      for (int t = 0; t < T; t++) {
+        float *row = dqkv + ((size_t)b * T + t) * QKV;
+        memset(row + (size_t)kvh * group * HS, 0, (size_t)group * HS * sizeof(float));
+        memset(row + k_col, 0, (size_t)HS * sizeof(float));
+        memset(row + v_col, 0, (size_t)HS * sizeof(float));
+      }
+      for (int h = kvh * group; h < (kvh + 1) * group; h++) {
+        for (int t = 0; t < T; t++) {
+          size_t bt = (size_t)b * T + t;
+          const float *RESTRICT q = qkv + bt * QKV + (size_t)h * HS, *RESTRICT dO = dout + (bt * NH + h) * HS;
+          float *RESTRICT dq = dqkv + bt * QKV + (size_t)h * HS;
+          float D = dot_product(dO, out + (bt * NH + h) * HS, HS), log_sum = lse[bt * NH + h];
+          for (int j = start[bt]; j <= t; j++) {
+            const float *RESTRICT k = qkv + ((size_t)b * T + j) * QKV + k_col, *RESTRICT v = k + (size_t)NKV * HS;
+            float *RESTRICT dk = dqkv + ((size_t)b * T + j) * QKV + k_col, *RESTRICT dv = dk + (size_t)NKV * HS;
+            float p = exp_fast(dot_product(q, k, HS) * scale - log_sum);
+            float ds = p * (dot_product(dO, v, HS) - D) * scale;
+            for (int i = 0; i < HS; i++) {
+              dv[i] += p * dO[i];
+              dq[i] += ds * k[i];
+              dk[i] += ds * q[i];
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// The same softmax against stored keys and values. All rows are stored first, so the rows of a prompt can come in one call.
+void attention_cached(floatX *out, floatX *kcache, floatX *vcache, const floatX *qkv, const int *seq, const int *pos,
+                      int R, int capacity, int NH, int NKV, int HS) {
+  size_t QKV = (size_t)(NH + 2 * NKV) * HS, width = (size_t)NKV * HS;
+#pragma omp parallel for schedule(static)
+  for (int r = 0; r < R; r++) {
+    size_t at = ((size_t)seq[r] * capacity + pos[r]) * width;
+    const float *k = qkv + (size_t)r * QKV + (size_t)NH * HS;
+    memcpy(kcache + at, k, width * sizeof(float));
+    memcpy(vcache + at, k + width, width * sizeof(float));
+  }
+#pragma omp parallel for collapse(2) schedule(static)
+  for (int r = 0; r < R; r++) {
+    for (int h = 0; h < NH; h++) {
+      size_t first = (size_t)seq[r] * capacity * width + (size_t)(h / (NH / NKV)) * HS;
+      attend(out + ((size_t)r * NH + h) * HS, qkv + (size_t)r * QKV + (size_t)h * HS, kcache + first, vcache + first, width, pos[r] + 1, HS);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The gated feed-forward unit: u = act(gate) * up, then (sub-norm and) quantisation for the last product of the block.
+
+// act(z), and act'(z) if wanted. relu2: max(z,0)^2, 2 max(z,0). silu: z sig(z), sig(z) (1 + z (1 - sig(z))).
+static inline float gate_value(float z, int act) {
+  float positive = z > 0 ? z : 0.0f;
+  return act == ACT_RELU2 ? positive * positive : z / (1.0f + exp_fast(-z));
+}
+
+static inline float gate_slope(float z, int act) {
+  float sigmoid = 1.0f / (1.0f + exp_fast(-z));
+  return act == ACT_RELU2 ? 2.0f * (z > 0 ? z : 0.0f) : sigmoid * (1.0f + z * (1.0f - sigmoid));
+}
+
+// u (=) [F] for one row of gate_up.
+static void glu_row(float *RESTRICT u, const float *RESTRICT gate_up, size_t F, int act) {
+  if (act == ACT_RELU2) {
+    for (size_t f = 0; f < F; f++) u[f] = gate_value(gate_up[f], ACT_RELU2) * gate_up[F + f];
+  } else {
+    for (size_t f = 0; f < F; f++) u[f] = gate_value(gate_up[f], ACT_SILU) * gate_up[F + f];
+  }
+}
+
+void glu_quant_forward(QAct *out, float *rstd, const floatX *gate_up, const float *gain, int R, int F, int act, float eps) {
+  float *rows = scratch_floats((size_t)thread_count() * F);
+#pragma omp parallel for schedule(static)
+  for (int r = 0; r < R; r++) {
+    float *RESTRICT u = rows + (size_t)thread_index() * F;
+    glu_row(u, gate_up + (size_t)r * 2 * F, (size_t)F, act);
+    if (gain) {
+      float s = rstd[r] = row_rstd(u, (size_t)F, eps);
+      for (int f = 0; f < F; f++) u[f] = gain[f] * (u[f] * s);
+    }
+    quantise_row(out, (size_t)r, u, (size_t)F);
+  }
+}
+
+/*
+u = act(gate) * up,  y = rmsnorm(u) (or y = u)
+
+  du     from dy as in rmsnorm_backward; u is recomputed from gate_up, which is cheaper than storing it
+  dup    = du * act(gate)
+  dgate  = du * up * act'(gate)
+The quantiser behind y is straight-through: its gradient is dy itself.
+*/
+void glu_backward(floatX *dgate_up, float *dgain, floatX *dout, const floatX *gate_up, const float *gain, const float *rstd,
+                  int R, int F, int act) {
+  int chunks = (R + ROWS_PER_CHUNK - 1) / ROWS_PER_CHUNK;
+  float *partial = scratch_floats((size_t)(gain ? chunks : 0) * F);
+#pragma omp parallel for schedule(static)
+  for (int k = 0; k < chunks; k++) {
+    float *dg = partial + (size_t)k * F;
+    if (gain) memset(dg, 0, (size_t)F * sizeof(float));
+    for (int r = k * ROWS_PER_CHUNK; r < R && r < (k + 1) * ROWS_PER_CHUNK; r++) {
+      const float *RESTRICT gate = gate_up + (size_t)r * 2 * F, *RESTRICT up = gate + F, *RESTRICT du = dout + (size_t)r * F;
+      float *RESTRICT dgate = dgate_up + (size_t)r * 2 * F, *RESTRICT dup = dgate + F;
+      if (gain) {   // the row of dgate_up lends its two halves: u in one, du in the other
+        glu_row(dgate, gate, (size_t)F, act);
+        memset(dup, 0, (size_t)F * sizeof(float));
+        rmsnorm_backward_row(dup, dg, du, dgate, gain, rstd[r], (size_t)F);
+        du = dup;
+      }
+      for (int f = 0; f < F; f++) {
+        float d = du[f];
+        dgate[f] = d * up[f] * gate_slope(gate[f], act);
+        dup[f] = d * gate_value(gate[f], act);
+      }
+    }
+  }
+  if (gain) fold_chunks(dgain, partial, (size_t)chunks, (size_t)F);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The classifier: a plain float matrix (often the embedding table itself) from the last hidden state to one logit per token.
+
+void linear_forward(floatX *out, const floatX *x, const float *w, int R, int N, int K, int precision) {
+  Product g = {0};
+  g.M = (size_t)R, g.N = (size_t)N, g.K = (size_t)K;
+  g.A = x, g.a_row = (size_t)K, g.a_col = 1;
+  set_b(&g, w, 0, 1, (size_t)K);
+  g.C = out;
+  g.precision = precision;
+  gemm_f32(&g, scratch_floats(gemm_scratch_bytes() / sizeof(float)));
+}
+
+// y = x w':  dx = dy w,  dw += dy' x.
+void linear_backward(floatX *dx, float *dw, const floatX *dout, const floatX *x, const float *w, int R, int N, int K, int precision) {
+  float *scratch = scratch_floats(gemm_scratch_bytes() / sizeof(float));
+  Product g = {0};
+  g.M = (size_t)R, g.N = (size_t)K, g.K = (size_t)N;
+  g.A = dout, g.a_row = (size_t)N, g.a_col = 1;
+  set_b(&g, w, 0, (size_t)K, 1);
+  g.C = dx;
+  g.precision = precision;
+  gemm_f32(&g, scratch);
+  g.M = (size_t)N, g.N = (size_t)K, g.K = (size_t)R;
+  g.a_row = 1, g.a_col = (size_t)N;
+  set_b(&g, x, 0, (size_t)K, 1);
+  g.C = dw, g.accumulate = 1;
+  gemm_f32(&g, scratch);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Cross-entropy.
+
+// loss = log sum_v exp(z_v) - z_target, with the largest logit taken out first so that nothing overflows.
+void cross_entropy_forward(float *losses, float *lse, const floatX *logits, const int *targets, int R, int V) {
+#pragma omp parallel for schedule(static)
+  for (int r = 0; r < R; r++) {
+    const float *z = logits + (size_t)r * V;
+    float top = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : top)
+    for (int v = 0; v < V; v++) top = z[v] > top ? z[v] : top;
+#pragma omp simd reduction(+ : sum)
+    for (int v = 0; v < V; v++) sum += exp_fast(z[v] - top);
+    lse[r] = top + logf(sum);
+    losses[r] = targets[r] < 0 ? 0.0f : lse[r] - z[targets[r]];
+  }
+}
+
+/*
+loss = lse - z_target and d lse / dz_v = exp(z_v - lse) = p_v, so dz_v = coef (p_v - [v = target]). The coefficient is the
+gradient of the total loss with respect to this row's loss: 1/N for a mean over N tokens, a weight, or an advantage.
+*/
+void cross_entropy_backward(floatX *logits, const float *lse, const int *targets, const float *coef, int R, int V) {
+#pragma omp parallel for schedule(static)
+  for (int r = 0; r < R; r++) {
+    float *z = logits + (size_t)r * V, c = coef[r], log_sum = lse[r];
+    if (targets[r] < 0) {
+      memset(z, 0, (size_t)V * sizeof(float));
+      continue;
+    }
+    for (int v = 0; v < V; v++) z[v] = c * exp_fast(z[v] - log_sum);
+    z[targets[r]] -= c;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The optimizer.
+
+/*
+Adam keeps a running mean m of the gradient and v of its square and divides one by the root of the other, so every parameter moves by
+about lr whatever the size of its gradients. Both start at zero, so early averages are too small; dividing by 1 - beta^t
+corrects that. The W in AdamW: decay shrinks the parameter directly instead of being added to the gradient.
+*/
+void adamw_update(float *p, float *m, float *v, const float *g, size_t n, float gscale, float lr, float beta1, float beta2,
+                  float eps, float wd, int t) {
+  float correct1 = (float)(1.0 / (1.0 - pow((double)beta1, t))), correct2 = (float)(1.0 / (1.0 - pow((double)beta2, t)));
+  float keep = 1.0f - lr * wd;
+#pragma omp parallel for simd schedule(static)
+  for (size_t i = 0; i < n; i++) {
+    float gi = g[i] * gscale;
+    float mi = m[i] = beta1 * m[i] + (1.0f - beta1) * gi;
+    float vi = v[i] = beta2 * v[i] + (1.0f - beta2) * gi * gi;
+    p[i] = p[i] * keep - lr * (mi * correct1) / (sqrtf(vi * correct2) + eps);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The program. Tests include this file and bring their own main.
+
+#ifndef TESTING
+#include "modes/modes.h"   // the table of modes; everything above the ops
+
+int main(int argc, char **argv) {
+  return run_mode(argc, argv);
+}
+#endif
