@@ -8,7 +8,7 @@ What not:    no text (prepro/ turns text into shards) and no threads. There is n
 Read before: bitnet/utils.h, tokenizer.h.
 Defines:     Batch, batch_alloc, batch_free; Arithmetic, arith_init, arith_problem, arith_text, arith_is_heldout,
              arith_heldout, arith_max_tokens; DataLoader, loader_open_shards, loader_open_arithmetic,
-             loader_check_tokenizer, loader_blocks, loader_batch, loader_free; shard_write; permute.
+             loader_check_tokenizer, loader_blocks, loader_batch, arith_fill_heldout, loader_free; shard_write; permute.
 */
 #ifndef DATALOADER_H
 #define DATALOADER_H
@@ -119,13 +119,15 @@ UNUSED static void arith_text(const Arithmetic *a, uint64_t i, char *prompt, cha
 }
 
 // 1 if problem i is kept for evaluation. A hash of its text decides, so the same problem stays on the same side whatever
-// the ranges, the operations and the seed of a run are, and a larger fraction holds out a superset.
+// the ranges, the operations and the seed of a run are, and a larger fraction holds out a superset. Of + and * the smaller
+// operand is hashed first: 3+5 and 5+3 are on the same side, because a model that was shown one need not compute the other.
 UNUSED static int arith_is_heldout(const Arithmetic *a, uint64_t i) {
   int x, y;
   char op, text[ARITH_TEXT_CAP];
   long result;
   arith_problem(a, i, &x, &op, &y, &result);
-  int len = snprintf(text, sizeof text, "%d %c %d", x, op, y);
+  int swap = op != '-' && x > y;
+  int len = snprintf(text, sizeof text, "%d %c %d", swap ? y : x, op, swap ? x : y);
   return (double)(hash_bytes(text, (size_t)len) >> 11) * 0x1.0p-53 < a->holdout;
 }
 
@@ -432,38 +434,77 @@ UNUSED static void shard_row_(const Shard *s, uint64_t at, int eot, int T, int *
   }
 }
 
-/*
-One problem as a row of T: prompt, answer, </s>, then padding. Only the answer and its </s> are targets, since the operands
-are random and nothing can be learned from them:
-
-  tokens    1 2 + 3 =  1  5  </s> <pad>
-  targets   . . . . 1  5 </s>  .    .
-
-row numbers the rows of the whole run. The operation is drawn first, so that a small multiplication table is seen as often
-as a large set of sums; then its problems, until one is not held out.
-*/
-UNUSED static void arith_row_(const DataLoader *d, uint64_t row, int T, int *tokens, int *targets, int *start, int *pos) {
+// The problem of a row, numbered over the whole run. The operation is drawn first, so that a small multiplication table is
+// seen as often as a large set of sums; then its problems, until one is not held out.
+UNUSED static uint64_t arith_draw_(const DataLoader *d, uint64_t row) {
   const Arithmetic *a = &d->arith;
   uint64_t key = rng_u64(d->seed, RNG_DATA, row), draw = 0, first = 0, i;
   size_t op = rng_below(key, RNG_DATA, draw++, strlen(a->ops));
   for (size_t k = 0; k < op; k++) first += a->count[k];
   do i = first + rng_below(key, RNG_DATA, draw++, a->count[op]);
   while (arith_is_heldout(a, i));
+  return i;
+}
 
+// A row of T of padding from column `from` on: no targets, and each position sees itself only, which costs attention the
+// least.
+UNUSED static void pad_row_(int pad_id, int from, int T, int *tokens, int *targets, int *start, int *pos) {
+  for (int t = from; t < T; t++) {
+    tokens[t] = pad_id;
+    targets[t] = IGNORE;
+    start[t] = t;
+    pos[t] = 0;
+  }
+}
+
+/*
+Problem i as a row of T: prompt, answer, </s>, then padding. Only the answer and its </s> are targets, since the operands
+are random and nothing can be learned from them:
+
+  tokens    1 2 + 3 =  1  5  </s> <pad>
+  targets   . . . . 1  5 </s>  .    .
+*/
+UNUSED static void arith_row_(const DataLoader *d, uint64_t i, int T, int *tokens, int *targets, int *start, int *pos) {
   // Prompt and answer are encoded apart, so the boundary between them is one between tokens for any tokenizer.
   char prompt[ARITH_TEXT_CAP], answer[ARITH_TEXT_CAP];
   int ids[2 * ARITH_TEXT_CAP];
-  arith_text(a, i, prompt, answer);
+  arith_text(&d->arith, i, prompt, answer);
   int n_prompt = (int)tokenizer_encode(d->tok, prompt, strlen(prompt), ids, ARITH_TEXT_CAP);
   int n = n_prompt + (int)tokenizer_encode(d->tok, answer, strlen(answer), ids + n_prompt, ARITH_TEXT_CAP);
   ids[n++] = d->tok->eos_id;
-  for (int t = 0; t < T; t++) {
-    int inside = t < n;
-    tokens[t] = inside ? ids[t] : d->tok->pad_id;
+  for (int t = 0; t < n && t < T; t++) {
+    tokens[t] = ids[t];
     targets[t] = t + 1 >= n_prompt && t + 1 < n ? ids[t + 1] : IGNORE;
-    start[t] = inside ? 0 : t;   // padding sees itself only, which costs attention the least
-    pos[t] = inside ? t : 0;
+    start[t] = 0;
+    pos[t] = t;
   }
+  pad_row_(d->tok->pad_id, n, T, tokens, targets, start, pos);
+}
+
+// Exit 2 unless the longest problem fits into a row of T.
+UNUSED static void arith_check_row_(const DataLoader *d, int T) {
+  int needed = arith_max_tokens(&d->arith) - 1;
+  if (T < needed) die(EXIT_USAGE, "seq_len=%d is too short for these arithmetic problems: at least %d is needed", T, needed);
+}
+
+UNUSED static void batch_count_targets_(Batch *b) {
+  b->n_targets = 0;
+  for (size_t i = 0; i < (size_t)b->B * (size_t)b->T; i++) b->n_targets += b->targets[i] != IGNORE;
+}
+
+// Fills b with problems[first], problems[first+1], .. of n, one a row as in training; rows beyond the n-th are padding without
+// targets. Meant for the loss on held-out problems (arith_heldout), which loader_batch never gives. Exit 2 if T is too short.
+UNUSED static void arith_fill_heldout(const DataLoader *d, const uint64_t *problems, size_t first, size_t n, Batch *b) {
+  int T = b->T;
+  arith_check_row_(d, T);
+  for (int r = 0; r < b->B; r++) {
+    size_t o = (size_t)r * (size_t)T;
+    if (first < n && (size_t)r < n - first)
+      arith_row_(d, problems[first + (size_t)r], T, b->tokens + o, b->targets + o, b->start + o, b->pos + o);
+    else
+      pad_row_(d->tok->pad_id, 0, T, b->tokens + o, b->targets + o, b->start + o, b->pos + o);
+  }
+  batch_count_targets_(b);
 }
 
 // Fills b, of shape b->B x b->T, with batch `index` of the run. Nothing is remembered between calls: any batch can be asked
@@ -471,17 +512,13 @@ UNUSED static void arith_row_(const DataLoader *d, uint64_t row, int T, int *tok
 UNUSED static void loader_batch(const DataLoader *d, uint64_t index, Batch *b) {
   int T = b->T;
   uint64_t n_blocks = 0;
-  if (d->tok == NULL) {
-    n_blocks = loader_blocks(d, T);
-  } else {
-    int needed = arith_max_tokens(&d->arith) - 1;
-    if (T < needed) die(EXIT_USAGE, "seq_len=%d is too short for these arithmetic problems: at least %d is needed", T, needed);
-  }
+  if (d->tok == NULL) n_blocks = loader_blocks(d, T);
+  else arith_check_row_(d, T);
   for (int r = 0; r < b->B; r++) {
     uint64_t row = index * (uint64_t)b->B + (uint64_t)r;
     size_t o = (size_t)r * (size_t)T;
     if (d->tok != NULL) {
-      arith_row_(d, row, T, b->tokens + o, b->targets + o, b->start + o, b->pos + o);
+      arith_row_(d, arith_draw_(d, row), T, b->tokens + o, b->targets + o, b->start + o, b->pos + o);
       continue;
     }
     uint64_t epoch = row / n_blocks, block = row % n_blocks;
@@ -490,8 +527,7 @@ UNUSED static void loader_batch(const DataLoader *d, uint64_t index, Batch *b) {
     for (; block >= shard_blocks_(s, T); s++) block -= shard_blocks_(s, T);
     shard_row_(s, block * (uint64_t)T, d->eot, T, b->tokens + o, b->targets + o, b->start + o, b->pos + o);
   }
-  b->n_targets = 0;
-  for (size_t i = 0; i < (size_t)b->B * (size_t)T; i++) b->n_targets += b->targets[i] != IGNORE;
+  batch_count_targets_(b);
 }
 
 #endif

@@ -303,7 +303,8 @@ static inline int32_t four_codes(const int8_t *q, size_t k, size_t K) {
 
 /*
 sums (=) [rows][n_panels*16]: the raw sums of (code + 1) * q for `rows` rows of activations (stride K) against n_panels neighbouring
-panels. Called with constant rows and n_panels, so that each call site becomes its own unrolled kernel.
+panels. Called with constant rows and n_panels, so that each call site becomes its own unrolled kernel. First with the byte dot
+product, then its twin in plain C: all of it on other machines, and what the tests compare the fast one with.
 */
 #ifdef BITNET_VNNI
 static inline __attribute__((always_inline)) void tile_i8(int32_t *sums, const int8_t *q, const uint8_t *panels, size_t K,
@@ -336,7 +337,10 @@ static inline __attribute__((always_inline)) void tile_i8(int32_t *sums, const i
   }
 }
 #else
-static inline void tile_i8(int32_t *sums, const int8_t *q, const uint8_t *panels, size_t K, const int rows, const int n_panels) {
+#define tile_i8 tile_i8_scalar
+#endif
+
+UNUSED static inline void tile_i8_scalar(int32_t *sums, const int8_t *q, const uint8_t *panels, size_t K, const int rows, const int n_panels) {
   size_t groups = (K + 3) / 4;
   for (int i = 0; i < rows; i++) {
     for (int j = 0; j < n_panels; j++) {
@@ -354,7 +358,6 @@ static inline void tile_i8(int32_t *sums, const int8_t *q, const uint8_t *panels
     }
   }
 }
-#endif
 
 /*
 out (=) [M,N] = (q w') * s[m] * gamma[n] + bias[n] + residual[m,n].

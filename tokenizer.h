@@ -9,7 +9,7 @@ What not:    no training of vocabularies (prepro/ does that), no chat templates,
              untrusted text cannot end a turn.
 Read before: bitnet/utils.h, bitnet/json.h.
 Defines:     Tokenizer; tokenizer_arithmetic, tokenizer_encode, tokenizer_decode, tokenizer_piece, tokenizer_id,
-             tokenizer_save, tokenizer_load, tokenizer_hash, tokenizer_free; utf8_char.
+             tokenizer_save, tokenizer_load, tokenizer_hash, tokenizer_free.
 */
 #ifndef TOKENIZER_H
 #define TOKENIZER_H
@@ -31,27 +31,6 @@ typedef struct {
   int *slot;
   size_t n_slots;
 } Tokenizer;
-
-// ---------------------------------------------------------------------------------------------------------
-// UTF-8.
-
-// The number of bytes (1 to 4) of the well-formed character at s[0..n), or 0 if there is none: a stray or missing
-// continuation byte, an overlong form, a surrogate, a code point above U+10FFFF, or n = 0.
-UNUSED static size_t utf8_char(const char *s, size_t n) {
-  const unsigned char *p = (const unsigned char *)s;
-  if (n == 0) return 0;
-  if (p[0] < 0x80) return 1;
-  size_t len = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : 2;
-  if (p[0] < 0xC2 || p[0] > 0xF4 || n < len) return 0;
-  // The second byte's range depends on the first: this is where overlong forms and surrogates are excluded.
-  unsigned lo = p[0] == 0xE0 ? 0xA0 : p[0] == 0xF0 ? 0x90 : 0x80;
-  unsigned hi = p[0] == 0xED ? 0x9F : p[0] == 0xF4 ? 0x8F : 0xBF;
-  if (p[1] < lo || p[1] > hi) return 0;
-  for (size_t i = 2; i < len; i++) {
-    if ((p[i] & 0xC0) != 0x80) return 0;
-  }
-  return len;
-}
 
 // ---------------------------------------------------------------------------------------------------------
 // Building and looking up.

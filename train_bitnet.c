@@ -685,13 +685,13 @@ void attention_cached(floatX *out, floatX *kcache, floatX *vcache, const floatX 
 
 // act(z), and act'(z) if wanted. relu2: max(z,0)^2, 2 max(z,0). silu: z sig(z), sig(z) (1 + z (1 - sig(z))).
 static inline float gate_value(float z, int act) {
-  float positive = z > 0 ? z : 0.0f;
+  float positive = z < 0 ? 0.0f : z;   // this way round NaN stays NaN
   return act == ACT_RELU2 ? positive * positive : z / (1.0f + exp_fast(-z));
 }
 
 static inline float gate_slope(float z, int act) {
   float sigmoid = 1.0f / (1.0f + exp_fast(-z));
-  return act == ACT_RELU2 ? 2.0f * (z > 0 ? z : 0.0f) : sigmoid * (1.0f + z * (1.0f - sigmoid));
+  return act == ACT_RELU2 ? 2.0f * (z < 0 ? 0.0f : z) : sigmoid * (1.0f + z * (1.0f - sigmoid));
 }
 
 // u (=) [F] for one row of gate_up.
@@ -734,13 +734,13 @@ void glu_backward(floatX *dgate_up, float *dgain, floatX *dout, const floatX *ga
     float *dg = partial + (size_t)k * F;
     if (gain) memset(dg, 0, (size_t)F * sizeof(float));
     for (int r = k * ROWS_PER_CHUNK; r < R && r < (k + 1) * ROWS_PER_CHUNK; r++) {
-      const float *RESTRICT gate = gate_up + (size_t)r * 2 * F, *RESTRICT up = gate + F, *RESTRICT du = dout + (size_t)r * F;
-      float *RESTRICT dgate = dgate_up + (size_t)r * 2 * F, *RESTRICT dup = dgate + F;
+      const float *RESTRICT gate = gate_up + (size_t)r * 2 * F, *RESTRICT up = gate + F;
+      float *RESTRICT dgate = dgate_up + (size_t)r * 2 * F, *RESTRICT dup = dgate + F, *RESTRICT du = dout + (size_t)r * F;
       if (gain) {   // the row of dgate_up lends its two halves: u in one, du in the other
         glu_row(dgate, gate, (size_t)F, act);
         memset(dup, 0, (size_t)F * sizeof(float));
         rmsnorm_backward_row(dup, dg, du, dgate, gain, rstd[r], (size_t)F);
-        du = dup;
+        memcpy(du, dup, (size_t)F * sizeof(float));
       }
       for (int f = 0; f < F; f++) {
         float d = du[f];

@@ -6,7 +6,7 @@ What it is:  Config (the shape of a model), the one table of its tensors, the la
 What not:    no arithmetic (that is below bitnet/ops.h), no losses (losses.h writes the gradient that model_backward starts
              from), no optimizer, no files.
 Read before: bitnet/ops.h; train_bitnet.c for what each operation computes.
-Defines:     Config, config_check; Tensor, Model, model_open, model_alloc_training, model_free, model_quantize, Context,
+Defines:     Config, config_check; Tensor, Model, model_open, model_alloc_batch, model_alloc_training, model_free, model_quantize, Context,
              layer_forward, layer_backward, model_forward, model_backward; Memory, model_memory.
 
 One block, with the names of the buffers (DESIGN of BitNet b1.58 with sub-norms):
@@ -435,14 +435,10 @@ UNUSED static void model_open(Model *m, const Config *c, int precision) {
   }
 }
 
-// Adds what training needs for micro-batches of B x T. codes_only: every forward pass will run at lambda = 1.
-UNUSED static void model_alloc_training(Model *m, int B, int T, int recompute, int codes_only) {
-  size_t bytes = m->table.floats * sizeof(float);
+// Adds buffers for forward and backward passes over batches of B x T. codes_only: every forward pass will run at lambda = 1.
+UNUSED static void model_alloc_batch(Model *m, int B, int T, int recompute, int codes_only) {
   if (T > m->c.max_seq) die(EXIT_USAGE, "seq_len=%d is longer than max_seq=%d", T, m->c.max_seq);
   set_batch_size_(m, B, T, recompute);
-  m->grads = (float *)device_memory_(bytes, "gradients");
-  m->m = (float *)device_memory_(bytes, "the optimizer");
-  m->v = (float *)device_memory_(bytes, "the optimizer");
   m->residual = (floatX **)xcalloc((size_t)m->c.layers + 1, sizeof(floatX *));
   m->acts = (LayerActs *)xcalloc((size_t)m->c.layers, sizeof(LayerActs));
   m->host_losses = (float *)xcalloc((size_t)m->R, sizeof(float));
@@ -452,6 +448,15 @@ UNUSED static void model_alloc_training(Model *m, int B, int T, int recompute, i
   acts.base = (char *)m->acts_memory;
   training_layout_(&acts, m, codes_only);
   model_reserve_scratch(&m->c, (size_t)m->R);
+}
+
+// Everything that training needs: the above, gradients, and the optimizer's moments.
+UNUSED static void model_alloc_training(Model *m, int B, int T, int recompute, int codes_only) {
+  size_t bytes = m->table.floats * sizeof(float);
+  m->grads = (float *)device_memory_(bytes, "gradients");
+  m->m = (float *)device_memory_(bytes, "the optimizer");
+  m->v = (float *)device_memory_(bytes, "the optimizer");
+  model_alloc_batch(m, B, T, recompute, codes_only);
 }
 
 UNUSED static void model_free(Model *m) {

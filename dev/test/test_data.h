@@ -257,8 +257,9 @@ static void test_arithmetic_problems(void) {
     }
     CHECK(arith_max_tokens(&a) == longest, "set %zu: longest %d, measured %d", k, arith_max_tokens(&a), longest);
 
-    // About the fraction asked for: five standard deviations of n coin flips.
-    double n = (double)a.n_problems, mean = n * a.holdout, five = 5 * sqrt(n * a.holdout * (1 - a.holdout));
+    // About the fraction asked for: five standard deviations. x+y and y+x share a coin, so there may be only n / 2 coins that
+    // count double, whose variance is twice that of n single ones.
+    double n = (double)a.n_problems, mean = n * a.holdout, five = 5 * sqrt(2 * n * a.holdout * (1 - a.holdout));
     CHECK(fabs((double)held - mean) <= five, "set %zu: %d of %g held out", k, (int)held, n);
 
     // The list is exactly those, each once, and a shorter list is its beginning.
@@ -301,6 +302,22 @@ static void test_arithmetic_holdout(void) {
     shared++;
   }
   CHECK(shared == 100 + 41 * 41, "%d problems compared", shared);
+
+  // The twin of a held-out sum or product is held out, too; a difference and its negative are two problems.
+  int twins[2] = {0, 0}, parted = 0;
+  for (uint64_t i = 0; i < a.n_problems; i++) {
+    int x, y;
+    char op;
+    long r;
+    arith_problem(&a, i, &x, &op, &y, &r);
+    uint64_t width = op == '*' ? 10 : 51, base = op == '+' ? 0 : op == '-' ? 51 * 51 : 2 * 51 * 51;
+    uint64_t twin = base + (uint64_t)y * width + (uint64_t)x;
+    int same = arith_is_heldout(&a, i) == arith_is_heldout(&a, twin);
+    CHECK(op == '-' || same, "%d %c %d and its twin are on different sides", x, op, y);
+    if (op != '-') twins[op == '*'] += x != y && arith_is_heldout(&a, i);
+    else parted += !same;
+  }
+  CHECK(twins[0] > 100 && twins[1] > 4 && parted > 100, "%d sums, %d products, %d differences", twins[0], twins[1], parted);
 
   // The evaluation set of a default-like run, pinned: if this changes, results of older runs can no longer be compared.
   static const char *const pinned[] = {"24+13=37", "9-7=2", "24+91=115", "53-51=2"};
@@ -396,6 +413,57 @@ static void test_arithmetic_batches(void) {
   tokenizer_free(&t);
 }
 
+// The batches of an evaluation: each held-out problem once, in the order of the list, and padding to fill the last batch.
+static void test_arithmetic_heldout_batches(void) {
+  Arithmetic a;
+  Tokenizer t;
+  DataLoader d;
+  Batch b;
+  uint64_t list[40];
+  tokenizer_arithmetic(&t);
+  arith_init(&a, "+-*", 0, 20, 5, 0.3);
+  loader_open_arithmetic(&d, &a, &t, 7);
+  size_t n = arith_heldout(&a, list, 40), rows = 0;
+  int T = arith_max_tokens(&a) - 1;
+  batch_alloc(&b, 16, T);
+  CHECK(n == 40, "%zu held out", n);
+  for (size_t first = 0; first < 64; first += 16) {
+    size_t targets = 0;
+    memset(b.tokens, 77, 16 * (size_t)T * sizeof(int));   // whatever the batch before left
+    memset(b.targets, 77, 16 * (size_t)T * sizeof(int));
+    memset(b.start, 77, 16 * (size_t)T * sizeof(int));
+    memset(b.pos, 77, 16 * (size_t)T * sizeof(int));
+    alloc_guard = 1;
+    arith_fill_heldout(&d, list, first, n, &b);
+    alloc_guard = 0;
+    for (size_t r = 0; r < 16; r++) {
+      const int *tok = b.tokens + r * (size_t)T, *tgt = b.targets + r * (size_t)T;
+      const int *start = b.start + r * (size_t)T, *pos = b.pos + r * (size_t)T;
+      char prompt[ARITH_TEXT_CAP] = "", answer[ARITH_TEXT_CAP] = "";
+      int here = first + r < n, ids[2 * ARITH_TEXT_CAP], len = 0, from = T;
+      if (here) {
+        arith_text(&a, list[first + r], prompt, answer);
+        from = (int)tokenizer_encode(&t, prompt, strlen(prompt), ids, ARITH_TEXT_CAP);
+        len = from + (int)tokenizer_encode(&t, answer, strlen(answer), ids + from, ARITH_TEXT_CAP);
+        ids[len++] = t.eos_id;
+        rows++;
+      }
+      for (int p = 0; p < T; p++) {
+        int want = p + 1 >= from && p + 1 < len ? ids[p + 1] : IGNORE;
+        CHECK(tok[p] == (p < len ? ids[p] : t.pad_id), "row %zu: token %d is %d", first + r, p, tok[p]);
+        CHECK(tgt[p] == want, "row %zu: target %d is %d, wanted %d", first + r, p, tgt[p], want);
+        CHECK(start[p] == (p < len ? 0 : p) && pos[p] == (p < len ? p : 0), "row %zu: start %d pos %d", first + r, start[p], pos[p]);
+        targets += want != IGNORE;
+      }
+    }
+    CHECK(b.n_targets == targets && (targets == 0) == (first >= n), "n_targets %zu, counted %zu", b.n_targets, targets);
+  }
+  CHECK(rows == n, "%zu rows for %zu problems", rows, n);
+  batch_free(&b);
+  loader_free(&d);
+  tokenizer_free(&t);
+}
+
 typedef struct {
   const char *ops;
   int min, max, mul_max;
@@ -413,12 +481,13 @@ static void short_arith_batch_(void *arg) {
   Tokenizer t;
   DataLoader d;
   Batch b;
-  (void)arg;
   tokenizer_arithmetic(&t);
   arith_init(&a, "+", 0, 99, 0, 0.1);
   loader_open_arithmetic(&d, &a, &t, 1);
   batch_alloc(&b, 1, 8);
-  loader_batch(&d, 0, &b);
+  uint64_t first = 0;
+  if (arg) arith_fill_heldout(&d, &first, 0, 1, &b);
+  else loader_batch(&d, 0, &b);
 }
 
 // A character tokenizer that has no '*' cannot write products.
@@ -452,6 +521,7 @@ static void test_arithmetic_refuses(void) {
   CHECK(refused, "an empty training set was accepted");
   CHECK(refused_(short_arith_batch_, NULL, EXIT_USAGE, "seq_len=8|at least 9"), "99+99=198 and </s> need 9 positions");
   int flag = 1;
+  CHECK(refused_(short_arith_batch_, &flag, EXIT_USAGE, "seq_len=8|at least 9"), "the same for held-out problems");
   CHECK(refused_(poor_tokenizer_, NULL, EXIT_USAGE, "'*'"), "no *");
   CHECK(refused_(poor_tokenizer_, &flag, EXIT_USAGE, "end token"), "no </s>");
 }
@@ -733,6 +803,8 @@ static void test_shard_refuses(void) {
   {"arithmetic_problems", "enumeration, texts, longest row, held-out list", test_arithmetic_problems},             \
   {"arithmetic_holdout", "a problem's side depends on its text alone", test_arithmetic_holdout},                   \
   {"arithmetic_batches", "rows, targets, train set without held-out, pure function", test_arithmetic_batches},     \
+  {"arithmetic_heldout_batches", "held-out problems as batches, the last one filled with padding",                   \
+   test_arithmetic_heldout_batches},                                                                               \
   {"arithmetic_refuses", "options that make no sense", test_arithmetic_refuses},                                   \
   {"shard_round_trip", "uint16 and uint32, llm.c's header", test_shard_round_trip},                                \
   {"shard_packing", "document starts, positions, masked boundary targets", test_shard_packing},                    \

@@ -1,0 +1,701 @@
+/*
+checkpoint.h: models on disk. A checkpoint IS a Hugging Face model directory, plus one file with the training state.
+
+What it is:  Config from and to config.json, parameters from and to model.safetensors, the optimizer's moments and the step in
+             training_state.safetensors, and the order of writing that leaves a loadable checkpoint whatever happens.
+What not:    the format of the files (safetensors.h, json.h); no packed weights and no GGUF.
+Read before: bitnet/model.h, bitnet/safetensors.h, bitnet/options.h, tokenizer.h.
+Defines:     config_from_options, config_to_options, config_read, config_put_json; checkpoint_path, checkpoint_run, checkpoint_options,
+             checkpoint_resume_options, checkpoint_save; model_load; State, state_load.
+
+    RUN/checkpoints/step_000400/     config.json  generation_config.json  model.safetensors (float32 master weights)
+                                     tokenizer.json  tokenizer_config.json  training_state.safetensors
+    RUN/checkpoints/latest           the name of the newest complete one: "step_000400"
+
+Saving writes everything into step_000400.tmp, each file flushed to the disk, renames the directory, and rewrites `latest` last. A
+crash before the rename leaves a .tmp that nobody reads; a crash after it leaves a complete directory. Either way `latest` names
+a complete checkpoint.
+*/
+#ifndef BITNET_CHECKPOINT_H
+#define BITNET_CHECKPOINT_H
+
+#include "../tokenizer.h"
+#include "model.h"
+#include "options.h"
+#include "safetensors.h"
+#include <dirent.h>
+
+// ---------------------------------------------------------------------------------------------------------
+// Config and options.
+
+// The shape that the options describe; vocab and seq_len are resolved before.
+UNUSED static void config_from_options(Config *c, const Options *o) {
+  memset(c, 0, sizeof *c);
+  c->dim = o->dim;
+  c->layers = o->layers;
+  c->heads = o->heads;
+  c->kv_heads = o->kv_heads ? o->kv_heads : o->heads;
+  if (o->head_dim == 0 && o->dim % o->heads != 0) die(EXIT_USAGE, "dim=%d is not a multiple of heads=%d; set head_dim, or change one of them", o->dim, o->heads);
+  c->head_dim = o->head_dim ? o->head_dim : o->dim / o->heads;
+  c->ffn_dim = o->ffn_dim;
+  c->vocab = o->vocab;
+  c->max_seq = o->max_seq ? o->max_seq : o->seq_len;
+  c->norm_eps = (float)o->norm_eps;
+  c->rope_theta = o->rope_theta;
+  c->rope_llama3 = o->rope_scaling;
+  c->rope_factor = o->rope_factor;
+  c->rope_low_freq = o->rope_low_freq;
+  c->rope_high_freq = o->rope_high_freq;
+  c->rope_original_max = o->rope_original_max;
+  c->activation = o->activation;
+  c->attn_sub_norm = o->attn_sub_norm;
+  c->ffn_sub_norm = o->ffn_sub_norm;
+  c->qkv_bias = o->qkv_bias;
+  c->o_bias = o->o_bias;
+  c->qk_norm = o->qk_norm;
+  c->tie_embeddings = o->tie_embeddings;
+  c->act_bits = o->act_bits;
+  c->init_std = (float)o->init_std;
+  const char *why = config_check(c);
+  if (why) die(EXIT_USAGE, "%s", why);
+}
+
+/*
+The other way round, for a run that starts from a model directory: the options show what the model is. A model option that the user set
+must agree, except max_seq and act_bits, which may be chosen anew; then c is changed.
+*/
+UNUSED static void config_to_options(Options *o, Config *c) {
+  Options had = *o;
+  if (options_is_set(o, "max_seq") == FROM_USER) c->max_seq = o->max_seq;
+  if (options_is_set(o, "act_bits") == FROM_USER) c->act_bits = o->act_bits;
+  o->dim = c->dim;
+  o->layers = c->layers;
+  o->heads = c->heads;
+  o->kv_heads = c->kv_heads;
+  o->head_dim = c->head_dim;
+  o->ffn_dim = c->ffn_dim;
+  o->vocab = c->vocab;
+  o->max_seq = c->max_seq;
+  o->norm_eps = (double)c->norm_eps;
+  o->rope_theta = c->rope_theta;
+  o->rope_scaling = c->rope_llama3;
+  o->rope_factor = c->rope_factor;
+  o->rope_low_freq = c->rope_low_freq;
+  o->rope_high_freq = c->rope_high_freq;
+  o->rope_original_max = c->rope_original_max;
+  o->activation = c->activation;
+  o->attn_sub_norm = c->attn_sub_norm;
+  o->ffn_sub_norm = c->ffn_sub_norm;
+  o->qkv_bias = c->qkv_bias;
+  o->o_bias = c->o_bias;
+  o->qk_norm = c->qk_norm;
+  o->tie_embeddings = c->tie_embeddings;
+  o->act_bits = c->act_bits;
+  o->init_std = (double)c->init_std;
+  for (int i = 0; i < OPTION_COUNT; i++) {
+    const OptionRow *r = &option_rows[i];
+    size_t size = r->type == OPTION_REAL ? sizeof(double) : sizeof(int);
+    if (r->group == GROUP_MODEL && had.from[i] == FROM_USER && memcmp((char *)o + r->offset, (char *)&had + r->offset, size) != 0)
+      die(EXIT_USAGE, "%s differs from the model in init=%s, whose shape is fixed; leave the option out", r->name, o->init);
+  }
+}
+
+// The Hugging Face class that can express this Config, or "bitnet_c" where none can. Its architecture goes to *architecture.
+UNUSED static const char *config_model_type(const Config *c, const char **architecture) {
+  int plain = !c->qkv_bias && !c->o_bias && !c->qk_norm, quantised = c->act_bits == 8;
+  *architecture = "BitNetForCausalLM";
+  if (quantised && c->attn_sub_norm && c->ffn_sub_norm && !c->qk_norm && c->qkv_bias == c->o_bias && c->heads * c->head_dim == c->dim) return "bitnet";
+  *architecture = "LlamaForCausalLM";
+  if (quantised && !c->attn_sub_norm && !c->ffn_sub_norm) {
+    if (plain || (c->qkv_bias && c->o_bias && !c->qk_norm)) return "llama";
+    *architecture = "Qwen2ForCausalLM";
+    if (c->qkv_bias && !c->o_bias && !c->qk_norm && c->heads * c->head_dim == c->dim) return "qwen2";
+    *architecture = "Qwen3ForCausalLM";
+    if (c->qk_norm && !c->qkv_bias && !c->o_bias) return "qwen3";
+  }
+  *architecture = "BitnetCForCausalLM";
+  return "bitnet_c";
+}
+
+static void put_member_(StrBuf *b, const char *key, double value) {
+  strbuf_printf(b, "  \"%s\": ", key);
+  json_put_number(b, value);
+  strbuf_printf(b, ",\n");
+}
+
+#define CONFIG_CRC_ "\"crc32\": \""   // in config.json: the CRC-32 of the file with these eight digits set to 0
+
+/*
+Appends config.json. All fields are written, because the defaults differ between classes and versions. The old spelling rope_theta +
+rope_scaling is understood by old and new releases of transformers. The object "bitnet_c" holds what other programs do not know.
+*/
+UNUSED static void config_put_json(StrBuf *b, const Config *c, const Tokenizer *t) {
+  const char *architecture, *type = config_model_type(c, &architecture);
+  size_t start = b->len;
+  strbuf_printf(b, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n", architecture, type);
+  put_member_(b, "vocab_size", c->vocab);
+  put_member_(b, "hidden_size", c->dim);
+  put_member_(b, "intermediate_size", c->ffn_dim);
+  put_member_(b, "num_hidden_layers", c->layers);
+  put_member_(b, "num_attention_heads", c->heads);
+  put_member_(b, "num_key_value_heads", c->kv_heads);
+  put_member_(b, "head_dim", c->head_dim);
+  put_member_(b, "max_position_embeddings", c->max_seq);
+  put_member_(b, "rms_norm_eps", (double)c->norm_eps);
+  put_member_(b, "initializer_range", (double)c->init_std);
+  strbuf_printf(b, "  \"hidden_act\": \"%s\",\n", c->activation == ACT_RELU2 ? "relu2" : "silu");
+  strbuf_printf(b, "  \"attention_bias\": %s,\n  \"mlp_bias\": false,\n  \"attention_dropout\": 0.0,\n", c->o_bias ? "true" : "false");
+  strbuf_printf(b, "  \"tie_word_embeddings\": %s,\n  \"use_cache\": true,\n", c->tie_embeddings ? "true" : "false");
+  put_member_(b, "rope_theta", c->rope_theta);
+  strbuf_printf(b, "  \"rope_scaling\": ");
+  if (c->rope_llama3) {
+    strbuf_printf(b, "{\"rope_type\": \"llama3\", \"factor\": ");
+    json_put_number(b, c->rope_factor);
+    strbuf_printf(b, ", \"low_freq_factor\": ");
+    json_put_number(b, c->rope_low_freq);
+    strbuf_printf(b, ", \"high_freq_factor\": ");
+    json_put_number(b, c->rope_high_freq);
+    strbuf_printf(b, ", \"original_max_position_embeddings\": %d},\n", c->rope_original_max);
+  } else {
+    strbuf_printf(b, "null,\n");
+  }
+  const char *names[] = {"bos_token_id", "eos_token_id", "pad_token_id"};
+  int ids[] = {t ? t->bos_id : -1, t ? t->eos_id : -1, t ? t->pad_id : -1};
+  for (int i = 0; i < 3; i++) {
+    if (ids[i] >= 0) strbuf_printf(b, "  \"%s\": %d,\n", names[i], ids[i]);
+    else strbuf_printf(b, "  \"%s\": null,\n", names[i]);
+  }
+  strbuf_printf(b, "  \"torch_dtype\": \"float32\",\n");
+  strbuf_printf(b, "  \"quantization_config\": {\"quant_method\": \"bitnet\", \"linear_class\": \"autobitlinear\", \"quantization_mode\": \"online\", "
+                "\"use_rms_norm\": false, \"modules_to_not_convert\": null},\n");
+  strbuf_printf(b, "  \"bitnet_c\": {\"attn_sub_norm\": %d, \"ffn_sub_norm\": %d, \"qkv_bias\": %d, \"o_bias\": %d, \"qk_norm\": %d, \"act_bits\": %d, ",
+                c->attn_sub_norm, c->ffn_sub_norm, c->qkv_bias, c->o_bias, c->qk_norm, c->act_bits);
+  if (t) strbuf_printf(b, "\"tokenizer_hash\": \"%016llx\", ", (unsigned long long)tokenizer_hash(t));
+  strbuf_printf(b, CONFIG_CRC_ "00000000\"}\n}\n");
+  char digits[16];
+  snprintf(digits, sizeof digits, "%08x", crc32_bytes(0, b->data + start, b->len - start));
+  memcpy(strstr(b->data + start, CONFIG_CRC_) + strlen(CONFIG_CRC_), digits, 8);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Reading config.json.
+
+// What is missing in a config.json has a meaning that depends on the class.
+typedef struct {
+  const char *type;
+  int sub_norms, qkv_bias, qk_norm, max_seq, head_dim;   // head_dim 0 = hidden_size / heads
+  double eps, theta;
+} ModelClass_;
+
+static const ModelClass_ model_classes_[] = {
+    {"bitnet", 1, 0, 0, 2048, 0, 1e-5, 500000}, {"llama", 0, 0, 0, 2048, 0, 1e-6, 10000},   {"mistral", 0, 0, 0, 4096 * 32, 0, 1e-6, 10000},
+    {"qwen2", 0, 1, 0, 32768, 0, 1e-6, 10000},  {"qwen3", 0, 0, 1, 32768, 128, 1e-6, 10000}, {"bitnet_c", 0, 0, 0, 2048, 0, 1e-5, 10000}};
+
+// A whole number of config.json; exit 3 if it has another type. fallback INT_MIN: the field is required.
+static int config_int_(const char *path, const Json *object, const char *key, int fallback) {
+  const Json *v = json_get(object, key);
+  if (v == NULL || v->type == JSON_NULL) {
+    if (fallback == INT_MIN) die(EXIT_DAMAGED, "%s: the field %s is missing", path, key);
+    return fallback;
+  }
+  if (v->type == JSON_BOOL) return (int)v->i;
+  if (v->type != JSON_INT || v->i < INT_MIN || v->i > INT_MAX) die(EXIT_DAMAGED, "%s: offset %zu: %s: expected an integer", path, v->offset, key);
+  return (int)v->i;
+}
+
+static double config_number_(const char *path, const Json *object, const char *key, double fallback) {
+  const Json *v = json_get(object, key);
+  if (v == NULL || v->type == JSON_NULL) return fallback;
+  if (v->type != JSON_INT && v->type != JSON_REAL) die(EXIT_DAMAGED, "%s: offset %zu: %s: expected a number", path, v->offset, key);
+  return v->d;
+}
+
+static const char *config_text_(const char *path, const Json *object, const char *key, const char *fallback) {
+  const Json *v = json_get(object, key);
+  if (v == NULL || v->type == JSON_NULL) return fallback;
+  if (v->type != JSON_STRING) die(EXIT_DAMAGED, "%s: offset %zu: %s: expected a string", path, v->offset, key);
+  return v->s;
+}
+
+// rope_theta + rope_scaling (old), or rope_parameters (new).
+static void config_read_rope_(const char *path, const Json *root, Config *c, double theta) {
+  const Json *scaling = json_get(root, "rope_parameters");
+  c->rope_theta = config_number_(path, root, "rope_theta", theta);
+  if (scaling && scaling->type == JSON_OBJECT) c->rope_theta = config_number_(path, scaling, "rope_theta", c->rope_theta);
+  else scaling = json_get(root, "rope_scaling");
+  c->rope_factor = 8;
+  c->rope_low_freq = 1;
+  c->rope_high_freq = 4;
+  c->rope_original_max = 8192;
+  if (scaling == NULL || scaling->type != JSON_OBJECT) return;
+  const char *type = config_text_(path, scaling, "rope_type", config_text_(path, scaling, "type", "default"));
+  if (strcmp(type, "default") == 0) return;
+  if (strcmp(type, "llama3") != 0) die(EXIT_USAGE, "%s: rope scaling '%s' is not supported; default and llama3 are", path, type);
+  c->rope_llama3 = 1;
+  c->rope_factor = config_number_(path, scaling, "factor", 8);
+  c->rope_low_freq = config_number_(path, scaling, "low_freq_factor", 1);
+  c->rope_high_freq = config_number_(path, scaling, "high_freq_factor", 4);
+  c->rope_original_max = config_int_(path, scaling, "original_max_position_embeddings", 8192);
+  if (!(c->rope_factor > 0) || !(c->rope_high_freq > c->rope_low_freq)) die(EXIT_DAMAGED, "%s: the numbers of rope_scaling make no sense", path);
+}
+
+// Checks the CRC that config_put_json left in the text; a file of another program has none.
+static void config_check_crc_(const char *path, char *text, size_t len) {
+  char *at = strstr(text, CONFIG_CRC_), digits[16];
+  if (at == NULL) return;
+  at += strlen(CONFIG_CRC_);
+  char found[16] = "";
+  strncat(found, at, 8);
+  if (strlen(found) == 8) memcpy(at, "00000000", 8);
+  snprintf(digits, sizeof digits, "%08x", crc32_bytes(0, text, len));
+  if (strcmp(digits, found) != 0)
+    die(EXIT_DAMAGED, "%s: offset %zu: crc32: expected %s, found \"%s\"; the file is damaged (if you edited it, delete the crc32 entry)", path,
+        (size_t)(at - text), digits, found);
+}
+
+// Reads dir/config.json of any supported class. Exit 2 if it is missing or of a kind that we cannot run, 3 if it is damaged.
+UNUSED static void config_read(Config *c, const char *dir) {
+  char path[4096], err[256];
+  size_t len;
+  JsonDoc doc;
+  path_join(path, sizeof path, dir, "config.json");
+  char *text = read_file(path, &len);
+  if (text == NULL) die(EXIT_USAGE, "cannot read %s: %s", path, strerror(errno));
+  config_check_crc_(path, text, len);
+  if (!json_parse(&doc, text, len, err, sizeof err)) die(EXIT_DAMAGED, "%s: %s", path, err);
+  const Json *root = doc.root, *own = json_get(root, "bitnet_c"), *quant = json_get(root, "quantization_config");
+  if (root->type != JSON_OBJECT) die(EXIT_DAMAGED, "%s: expected a JSON object", path);
+  const char *type = config_text_(path, root, "model_type", "none");
+  const ModelClass_ *k = NULL;
+  for (size_t i = 0; i < ARRAY_LEN(model_classes_); i++) {
+    if (strcmp(model_classes_[i].type, type) == 0) k = &model_classes_[i];
+  }
+  if (k == NULL) die(EXIT_USAGE, "%s: model_type '%s' is not supported; bitnet, llama, mistral, qwen2 and qwen3 are", path, type);
+  memset(c, 0, sizeof *c);
+  c->vocab = config_int_(path, root, "vocab_size", INT_MIN);
+  c->dim = config_int_(path, root, "hidden_size", INT_MIN);
+  c->ffn_dim = config_int_(path, root, "intermediate_size", INT_MIN);
+  c->layers = config_int_(path, root, "num_hidden_layers", INT_MIN);
+  c->heads = config_int_(path, root, "num_attention_heads", INT_MIN);
+  c->kv_heads = config_int_(path, root, "num_key_value_heads", c->heads);
+  if (c->heads < 1) die(EXIT_DAMAGED, "%s: num_attention_heads: expected at least 1, found %d", path, c->heads);
+  c->head_dim = config_int_(path, root, "head_dim", k->head_dim ? k->head_dim : c->dim / c->heads);
+  c->max_seq = config_int_(path, root, "max_position_embeddings", k->max_seq);
+  c->norm_eps = (float)config_number_(path, root, "rms_norm_eps", k->eps);
+  c->init_std = (float)config_number_(path, root, "initializer_range", 0.02);
+  c->tie_embeddings = config_int_(path, root, "tie_word_embeddings", 0);
+  config_read_rope_(path, root, c, k->theta);
+  const char *act = config_text_(path, root, "hidden_act", strcmp(type, "bitnet") == 0 ? "relu2" : "silu");
+  if (strcmp(act, "relu2") != 0 && strcmp(act, "silu") != 0) die(EXIT_USAGE, "%s: hidden_act '%s' is not supported; relu2 and silu are", path, act);
+  c->activation = strcmp(act, "relu2") == 0 ? ACT_RELU2 : ACT_SILU;
+  if (config_int_(path, root, "mlp_bias", 0)) die(EXIT_USAGE, "%s: mlp_bias is not supported", path);
+  c->o_bias = config_int_(path, root, "attention_bias", 0);
+  c->qkv_bias = c->o_bias || k->qkv_bias;
+  c->qk_norm = k->qk_norm;
+  c->attn_sub_norm = c->ffn_sub_norm = k->sub_norms;
+  c->act_bits = 8;
+  if (own && own->type == JSON_OBJECT) {
+    c->attn_sub_norm = config_int_(path, own, "attn_sub_norm", c->attn_sub_norm);
+    c->ffn_sub_norm = config_int_(path, own, "ffn_sub_norm", c->ffn_sub_norm);
+    c->qkv_bias = config_int_(path, own, "qkv_bias", c->qkv_bias);
+    c->o_bias = config_int_(path, own, "o_bias", c->o_bias);
+    c->qk_norm = config_int_(path, own, "qk_norm", c->qk_norm);
+    c->act_bits = config_int_(path, own, "act_bits", 8);
+  }
+  if (quant && quant->type == JSON_OBJECT) {
+    const char *mode = config_text_(path, quant, "quantization_mode", "offline"), *method = config_text_(path, quant, "quant_method", "none");
+    if (strcmp(method, "bitnet") != 0 || strcmp(mode, "online") != 0)
+      die(EXIT_USAGE, "%s: weights quantised by %s, %s, cannot be read; only float master weights can", path, method, mode);
+    if (config_int_(path, quant, "use_rms_norm", 0)) die(EXIT_USAGE, "%s: use_rms_norm in quantization_config is not supported", path);
+  }
+  const char *why = config_check(c);
+  if (why) die(EXIT_DAMAGED, "%s: %s", path, why);
+  json_free(&doc);
+  free(text);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Which directory is meant.
+
+// dir may be a run (then its newest checkpoint is meant) or a model directory. Exit 2 if it is neither.
+UNUSED static void checkpoint_path(char *out, size_t cap, const char *dir) {
+  char path[4096], index[4096];
+  size_t len;
+  path_join(path, sizeof path, dir, "checkpoints/latest");
+  char *name = read_file(path, &len);
+  if (name) {
+    char inside[4096];
+    while (len > 0 && (name[len - 1] == '\n' || name[len - 1] == ' ')) name[--len] = 0;
+    if (len == 0 || strlen(name) != len || strchr(name, '/') || strcmp(name, "..") == 0) die(EXIT_DAMAGED, "%s: expected the name of a checkpoint, found '%.40s'", path, name);
+    path_join(inside, sizeof inside, dir, "checkpoints");
+    path_join(out, cap, inside, name);
+    free(name);
+    if (!is_dir(out)) die(EXIT_DAMAGED, "%s names %s, which does not exist", path, out);
+    return;
+  }
+  path_join(path, sizeof path, dir, "model.safetensors");
+  path_join(index, sizeof index, dir, "model.safetensors.index.json");
+  if (!is_file(path) && !is_file(index)) {
+    if (!is_dir(dir)) die(EXIT_USAGE, "there is no directory %s", dir);
+    die(EXIT_USAGE, "%s is neither a run (it has no checkpoints/latest) nor a model directory (it has no model.safetensors)", dir);
+  }
+  int n = snprintf(out, cap, "%s", dir);
+  if (n < 0 || (size_t)n >= cap) die(EXIT_USAGE, "path too long: %s", dir);
+  for (n--; n > 0 && out[n] == '/'; n--) out[n] = 0;
+}
+
+/*
+The run that a checkpoint belongs to: RUN of RUN/checkpoints/step_NNNNNN. Exit 2 if the checkpoint does not lie in a run, or is not its newest: going
+on from an older one would overwrite the ones after it.
+*/
+UNUSED static void checkpoint_run(char *run, size_t cap, const char *checkpoint) {
+  static const char middle[] = "/checkpoints/";
+  const char *slash = strrchr(checkpoint, '/');
+  size_t m = strlen(middle), head = slash ? (size_t)(slash + 1 - checkpoint) : 0;
+  if (head < m || strncmp(checkpoint + head - m, middle, m) != 0 || head - m >= cap)
+    die(EXIT_USAGE, "%s is not the checkpoint of a run; start a new run from it with init=%s", checkpoint, checkpoint);
+  memcpy(run, checkpoint, head - m);
+  run[head - m] = 0;
+  char newest[4096];
+  checkpoint_path(newest, sizeof newest, run);
+  if (strcmp(strrchr(newest, '/'), slash) != 0)
+    die(EXIT_USAGE, "%s is not the newest checkpoint of its run (%s is); go on with resume=%s, or start a new run with init=%s", checkpoint, newest, run, checkpoint);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Parameters.
+
+// Copies one tensor of a file to the device after checking its shape and every value.
+static void load_tensor_(float *device, const StFile *f, const StTensor *s, const Tensor *t, float *host) {
+  int same = s->ndim == t->ndim && s->shape[0] == t->shape[0] && (t->ndim == 1 || s->shape[1] == t->shape[1]);
+  if (!same) {
+    StrBuf shape = {NULL, 0, 0};
+    for (int i = 0; i < s->ndim; i++) strbuf_printf(&shape, "%s%zu", i ? "," : "", s->shape[i]);
+    die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: expected shape [%zu%s%.0zu], found [%s]", f->path, s->name, f->data_at + s->begin, t->shape[0],
+        t->ndim > 1 ? "," : "", t->ndim > 1 ? t->shape[1] : 0, shape.data ? shape.data : "");
+  }
+  st_read_f32(f, s, host, 0, t->n);
+  for (size_t i = 0; i < t->n; i++) {
+    if (!isfinite(host[i]))
+      die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: element %zu: expected a finite number, found %g", f->path, s->name, f->data_at + s->begin, i, (double)host[i]);
+  }
+  dev_copy_in(device, host, t->n * sizeof(float));
+}
+
+// The largest tensor of a table, in elements.
+static size_t largest_tensor_(const TensorTable *t) {
+  size_t n = 0;
+  for (int i = 0; i < t->count; i++) n = t->tensors[i].n > n ? t->tensors[i].n : n;
+  return n;
+}
+
+// 1 if a model of this table has no use for a tensor of this name, though other programs write it.
+static int tensor_is_surplus_(const Model *m, const char *name) {
+  return strstr(name, "rotary_emb.inv_freq") != NULL || (m->c.tie_embeddings && strcmp(name, "lm_head.weight") == 0);
+}
+
+/*
+Builds the model of a directory: config.json for its shape, safetensors for its parameters, whatever program wrote it. Every tensor must be there, with
+the right shape and finite values, and none may be left over. Exit 2 or 3 otherwise.
+*/
+UNUSED static void model_load(Model *m, const char *dir, int precision) {
+  Config c;
+  StSet set;
+  config_read(&c, dir);
+  st_set_open(&set, dir);
+  st_set_verify(&set);
+  model_open(m, &c, precision);
+  float *host = (float *)xmalloc(largest_tensor_(&m->table) * sizeof(float));
+  for (int i = 0; i < m->table.count; i++) {
+    const Tensor *t = &m->table.tensors[i];
+    const StFile *f = NULL;
+    const StTensor *s = st_set_find(&set, t->name, &f);
+    if (s == NULL) die(EXIT_DAMAGED, "%s: tensor %s is missing; config.json asks for it", dir, t->name);
+    load_tensor_(m->params + t->offset, f, s, t, host);
+  }
+  for (size_t k = 0; k < set.n_files; k++) {
+    const StFile *f = &set.files[k];
+    for (size_t i = 0; i < f->n_tensors; i++) {
+      int known = tensor_is_surplus_(m, f->tensors[i].name);
+      for (int n = 0; n < m->table.count && !known; n++) known = strcmp(m->table.tensors[n].name, f->tensors[i].name) == 0;
+      if (!known) die(EXIT_DAMAGED, "%s: tensor %s does not belong to a model of this config.json", f->path, f->tensors[i].name);
+    }
+  }
+  free(host);
+  st_set_close(&set);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Training state.
+
+typedef struct {
+  int64_t step;      // finished steps; the next one has this number
+  int64_t updates;   // of them applied: the t of AdamW
+} State;
+
+// Opens the training state of a checkpoint; exit 2 if there is none.
+static void state_open_(StFile *f, const char *checkpoint) {
+  char path[4096];
+  path_join(path, sizeof path, checkpoint, "training_state.safetensors");
+  if (!is_file(path)) die(EXIT_USAGE, "%s has no training_state.safetensors: it can be used with init=, not with resume=", checkpoint);
+  st_open(f, path);
+  if (!st_verify(f)) die(EXIT_DAMAGED, "%s: expected checksums in its metadata, found none", path);
+}
+
+// A whole number of the metadata.
+static int64_t state_number_(const StFile *f, const char *key) {
+  const char *text = st_metadata(f, key);
+  char *end = NULL;
+  long long v = text ? strtoll(text, &end, 10) : -1;
+  if (text == NULL || *text == 0 || *end || v < 0 || v > INT_MAX) die(EXIT_DAMAGED, "%s: metadata %s: expected a count, found %s", f->path, key, text ? text : "nothing");
+  return v;
+}
+
+// The moments into m (which has them allocated), the counters into s.
+UNUSED static void state_load(State *s, Model *m, const char *checkpoint) {
+  StFile f;
+  char name[160];
+  state_open_(&f, checkpoint);
+  s->step = state_number_(&f, "step");
+  s->updates = state_number_(&f, "updates");
+  float *host = (float *)xmalloc(largest_tensor_(&m->table) * sizeof(float));
+  for (int i = 0; i < m->table.count; i++) {
+    const Tensor *t = &m->table.tensors[i];
+    for (int k = 0; k < 2; k++) {
+      snprintf(name, sizeof name, "%s.%s", k ? "v" : "m", t->name);
+      const StTensor *x = st_find(&f, name);
+      if (x == NULL) die(EXIT_DAMAGED, "%s: tensor %s is missing", f.path, name);
+      load_tensor_((k ? m->v : m->m) + t->offset, &f, x, t, host);
+    }
+  }
+  free(host);
+  st_close(&f);
+}
+
+// Reads the options that a checkpoint was trained with. Returns 0 if it has no training state.
+static int checkpoint_stored_options_(Options *out, const char *checkpoint) {
+  StFile f;
+  JsonDoc doc;
+  char path[4096], err[256];
+  path_join(path, sizeof path, checkpoint, "training_state.safetensors");
+  if (!is_file(path)) return 0;
+  state_open_(&f, checkpoint);
+  const char *text = st_metadata(&f, "options");
+  if (text == NULL || !json_parse(&doc, text, strlen(text), err, sizeof err)) die(EXIT_DAMAGED, "%s: metadata options: expected JSON", path);
+  options_defaults(out);
+  options_from_json(out, doc.root, FROM_FILE, path);
+  const Preset *p = preset_find_(json_get_string(doc.root, "preset", ""));
+  out->preset = p ? p->name : "";
+  json_free(&doc);
+  st_close(&f);
+  return 1;
+}
+
+// Copies the options of these groups from a stored set, except those that the user has set.
+static void options_adopt_(Options *o, const Options *stored, int groups) {
+  for (int i = 0; i < OPTION_COUNT; i++) {
+    const OptionRow *r = &option_rows[i];
+    if (!(r->group & groups) || o->from[i] == FROM_USER) continue;
+    if (r->type == OPTION_TEXT) option_set_text_(o, i, *option_text_(stored, i));
+    else memcpy((char *)o + r->offset, (const char *)stored + r->offset, r->type == OPTION_REAL ? sizeof(double) : sizeof(int));
+    o->from[i] = FROM_FILE;
+  }
+}
+
+// For measuring: data options are those of the training run, where the user says nothing else.
+UNUSED static void checkpoint_options(Options *o, const char *checkpoint) {
+  Options stored;
+  if (!checkpoint_stored_options_(&stored, checkpoint)) return;
+  options_adopt_(o, &stored, GROUP_DATA);
+  if (options_is_set(o, "seed") != FROM_USER) o->seed = stored.seed;
+  if (o->val_data[0] == 0) options_set(o, "val_data", stored.val_data, FROM_FILE);
+  options_free(&stored);
+}
+
+/*
+For going on with a run: all options are those of the run. The user may change what does not change the trained bits (how often to
+log, evaluate and save); another value for anything else is an error, because the result would be neither the one nor the other run.
+*/
+UNUSED static void checkpoint_resume_options(Options *o, const char *checkpoint) {
+  Options stored, wanted;
+  if (!checkpoint_stored_options_(&stored, checkpoint)) die(EXIT_USAGE, "%s has no training_state.safetensors: start a new run from it with init=", checkpoint);
+  if (o->preset[0] && strcmp(o->preset, stored.preset) != 0)
+    die(EXIT_USAGE, "resume=%s: the run has the preset '%s', the command line says '%s'; leave the preset out", o->resume, stored.preset, o->preset);
+  for (int i = 0; i < OPTION_COUNT; i++) {
+    const OptionRow *r = &option_rows[i];
+    if (!(r->group & RESULT_GROUPS) || o->from[i] != FROM_USER) continue;
+    wanted = *o;
+    StrBuf a = {NULL, 0, 0}, b = {NULL, 0, 0};
+    option_put_value_(&a, &stored, i);
+    option_put_value_(&b, &wanted, i);
+    if (strcmp(a.data, b.data) != 0)
+      die(EXIT_USAGE, "resume=%s: the run has %s=%s, the command line says %s; what changes the result is fixed. A new run from this "
+          "model: init=%s", o->resume, r->name, a.data, b.data, checkpoint);
+    strbuf_free(&a);
+    strbuf_free(&b);
+  }
+  options_adopt_(o, &stored, STORED_GROUPS);
+  o->preset = stored.preset;
+  options_free(&stored);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Saving.
+
+// What the writer asks for: floats of an arena by tensor. Entry i of the state is m of tensor i/2 or v of it.
+typedef struct {
+  const Model *m;
+  int state;   // 0: parameters, 1: moments
+} SaveSource_;
+
+static void save_source_(void *ctx, size_t entry, size_t first, size_t count, void *out) {
+  const SaveSource_ *s = (const SaveSource_ *)ctx;
+  const Tensor *t = &s->m->table.tensors[s->state ? entry / 2 : entry];
+  const float *arena = !s->state ? s->m->params : entry % 2 ? s->m->v : s->m->m;
+  dev_copy_out(out, arena + t->offset + first, count * sizeof(float));
+}
+
+// model.safetensors into dir, as float32. 0 or errno.
+static int save_parameters_(const Model *m, const char *dir) {
+  char path[4096];
+  SaveSource_ source = {m, 0};
+  size_t n = (size_t)m->table.count;
+  StEntry *entries = (StEntry *)xcalloc(n, sizeof *entries);
+  for (size_t i = 0; i < n; i++) {
+    const Tensor *t = &m->table.tensors[i];
+    entries[i].name = t->name;
+    entries[i].dtype = ST_F32;
+    entries[i].ndim = t->ndim;
+    memcpy(entries[i].shape, t->shape, sizeof t->shape);
+  }
+  path_join(path, sizeof path, dir, "model.safetensors");
+  int err = st_write(path, entries, n, NULL, 0, save_source_, &source);
+  free(entries);
+  return err;
+}
+
+// training_state.safetensors into dir. 0 or errno.
+static int save_state_(const Model *m, const Options *o, const State *s, const char *dir) {
+  char path[4096], step[32], updates[32];
+  SaveSource_ source = {m, 1};
+  size_t n = 2 * (size_t)m->table.count;
+  StrBuf options = {NULL, 0, 0};
+  StEntry *entries = (StEntry *)xcalloc(n, sizeof *entries);
+  char *names = (char *)xcalloc(n, 160);
+  for (size_t i = 0; i < n; i++) {
+    const Tensor *t = &m->table.tensors[i / 2];
+    snprintf(names + i * 160, 160, "%s.%s", i % 2 ? "v" : "m", t->name);
+    entries[i].name = names + i * 160;
+    entries[i].dtype = ST_F32;
+    entries[i].ndim = t->ndim;
+    memcpy(entries[i].shape, t->shape, sizeof t->shape);
+  }
+  snprintf(step, sizeof step, "%lld", (long long)s->step);
+  snprintf(updates, sizeof updates, "%lld", (long long)s->updates);
+  options_put_json(&options, o, STORED_GROUPS);
+  StMeta metadata[3] = {{"step", step}, {"updates", updates}, {"options", options.data}};
+  path_join(path, sizeof path, dir, "training_state.safetensors");
+  int err = st_write(path, entries, n, metadata, ARRAY_LEN(metadata), save_source_, &source);
+  strbuf_free(&options);
+  free(names);
+  free(entries);
+  return err;
+}
+
+// A text file into dir. 0 or errno.
+static int save_text_(const char *dir, const char *name, const StrBuf *b) {
+  char path[4096];
+  path_join(path, sizeof path, dir, name);
+  return safe_write_file(path, b->data, b->len);
+}
+
+// Removes a directory of plain files; what is missing is fine.
+static void remove_dir_(const char *dir) {
+  char path[4096];
+  DIR *d = opendir(dir);
+  if (d == NULL) return;
+  for (struct dirent *e = readdir(d); e; e = readdir(d)) {
+    if (strcmp(e->d_name, ".") == 0 || strcmp(e->d_name, "..") == 0) continue;
+    path_join(path, sizeof path, dir, e->d_name);
+    unlink(path);
+  }
+  closedir(d);
+  rmdir(dir);
+}
+
+// The files of a model directory into dir (which exists); with s also the training state. 0 or errno.
+static int save_files_(const Model *m, const Tokenizer *t, const Options *o, const State *s, const char *dir) {
+  StrBuf config = {NULL, 0, 0}, generation = {NULL, 0, 0};
+  config_put_json(&config, &m->c, t);
+  strbuf_printf(&generation, "{");
+  if (t && t->bos_id >= 0) strbuf_printf(&generation, "\"bos_token_id\": %d, ", t->bos_id);
+  if (t && t->eos_id >= 0) strbuf_printf(&generation, "\"eos_token_id\": %d, ", t->eos_id);
+  if (t && t->pad_id >= 0) strbuf_printf(&generation, "\"pad_token_id\": %d, ", t->pad_id);
+  strbuf_printf(&generation, "\"do_sample\": false}\n");
+  int err = save_text_(dir, "config.json", &config);
+  if (!err) err = save_text_(dir, "generation_config.json", &generation);
+  if (!err && t) err = tokenizer_save(t, dir);
+  if (!err) err = save_parameters_(m, dir);
+  if (!err && s) err = save_state_(m, o, s, dir);
+  strbuf_free(&config);
+  strbuf_free(&generation);
+  return err;
+}
+
+// Removes all but the newest `keep` checkpoints, and what crashes have left behind.
+static void drop_old_(const char *checkpoints, int64_t newest, int keep) {
+  char path[4096];
+  DIR *d = opendir(checkpoints);
+  if (d == NULL) return;
+  for (struct dirent *e = readdir(d); e; e = readdir(d)) {
+    long long step;
+    int end = 0, younger = 0;
+    if (sscanf(e->d_name, "step_%lld%n", &step, &end) != 1) continue;
+    path_join(path, sizeof path, checkpoints, e->d_name);
+    if (strcmp(e->d_name + end, ".tmp") == 0 || strcmp(e->d_name + end, ".old") == 0) remove_dir_(path);
+    if (e->d_name[end] != 0 || keep == 0 || step >= newest) continue;
+    DIR *again = opendir(checkpoints);   // few entries: counting the younger ones anew is simple and fast enough
+    for (struct dirent *x = again ? readdir(again) : NULL; x; x = readdir(again)) {
+      long long other;
+      int stop = 0;
+      younger += sscanf(x->d_name, "step_%lld%n", &other, &stop) == 1 && x->d_name[stop] == 0 && other > step;
+    }
+    if (again) closedir(again);
+    if (younger >= keep) remove_dir_(path);
+  }
+  closedir(d);
+}
+
+/*
+Saves RUN/checkpoints/step_NNNNNN and points `latest` at it; o->keep of them stay. t may be NULL. If anything fails (a full disk), what was saved
+before stays as it was, the half-written directory is removed, and the program exits with 1.
+*/
+UNUSED static void checkpoint_save(const Model *m, const Tokenizer *t, const Options *o, const State *s, const char *run) {
+  char dir[4000], leaf[64], final[4096], tmp[4104], old[4104], latest[4096];
+  path_join(dir, sizeof dir, run, "checkpoints");
+  make_dirs(dir);
+  snprintf(leaf, sizeof leaf, "step_%06lld", (long long)s->step);
+  path_join(final, sizeof final, dir, leaf);
+  snprintf(tmp, sizeof tmp, "%s.tmp", final);
+  snprintf(old, sizeof old, "%s.old", final);
+  path_join(latest, sizeof latest, dir, "latest");
+  remove_dir_(tmp);
+  remove_dir_(old);
+  int err = mkdir(tmp, 0777) != 0 ? errno : save_files_(m, t, o, s, tmp);
+  // A directory of this name can only be left from a crash between the rename and `latest`; it makes room.
+  if (!err && is_dir(final) && rename(final, old) != 0) err = errno;
+  if (!err && (io_fault_() || rename(tmp, final) != 0)) err = errno;
+  if (!err) err = sync_parent_(final);
+  if (!err) {
+    strcat(leaf, "\n");
+    err = safe_write_file(latest, leaf, strlen(leaf));
+  }
+  if (err) {
+    remove_dir_(tmp);
+    die(EXIT_FAILED, "cannot save %s: %s; the checkpoint before it is intact. Make room and go on with resume=%s", final, strerror(err), run);
+  }
+  remove_dir_(old);
+  drop_old_(dir, s->step, o->keep);
+}
+
+#endif

@@ -1,0 +1,1460 @@
+/*
+test_ops.h: what must hold for the ops, the model and the sampler whatever the weights are. No PyTorch needed.
+
+What it is:  hand-computed cases of the quantisers, products against plain loops in double, and equalities: the same bits for any number
+             of threads, for a row alone, with recompute, in a packed row, with a cache.
+What not:    comparisons with PyTorch (test_reference.h), derivatives (test_float64.c).
+Read before: check.h, bitnet/ops.h, bitnet/model.h, bitnet/losses.h, bitnet/infer.h.
+Defines:     OPS_TESTS, the rows for the table of tests.
+
+Bounds: "same" and "equal" mean the same bits. A bound of 1e-6 is the rounding of a few hundred float32 additions, relative to the largest
+element of the tensor. Memory of the ops is device memory: it is filled and read through the helpers below only.
+*/
+#ifndef TEST_OPS_H
+#define TEST_OPS_H
+
+#include "../../bitnet/infer.h"
+#include "../../bitnet/losses.h"
+#include "../../bitnet/optim.h"
+#include "../../quant.h"
+#include "check.h"
+
+// ---------------------------------------------------------------------------------------------------------
+// Helpers: memory that lives until the end of a test, random numbers, scratch.
+
+static void *host_pool_[4096], *dev_pool_[4096];
+static size_t n_host_pool_, n_dev_pool_;
+static uint64_t test_draws_;   // random numbers used up by the running test
+
+static void *host_memory_(size_t bytes) {
+  if (n_host_pool_ == ARRAY_LEN(host_pool_)) die(EXIT_FAILED, "bug: a test allocates too often");
+  return host_pool_[n_host_pool_++] = xcalloc(bytes, 1);
+}
+
+static void *dev_memory_(size_t bytes) {
+  void *p = dev_malloc(bytes);
+  if (p == NULL || n_dev_pool_ == ARRAY_LEN(dev_pool_)) die(EXIT_FAILED, "no memory for a test: %zu bytes", bytes);
+  return dev_pool_[n_dev_pool_++] = p;
+}
+
+// Every test that uses the helpers ends with this.
+static void end_test_(void) {
+  while (n_host_pool_ > 0) free(host_pool_[--n_host_pool_]);
+  while (n_dev_pool_ > 0) dev_free(dev_pool_[--n_dev_pool_]);
+  test_draws_ = 0;
+}
+
+static float *host_floats_(size_t n) {
+  return (float *)host_memory_(n * sizeof(float));
+}
+
+// n numbers ~ mean + scale N(0,1) on the host.
+static float *normals_(size_t n, double mean, double scale) {
+  float *x = host_floats_(n);
+  for (size_t i = 0; i < n; i++) x[i] = (float)(mean + scale * rng_normal(11, RNG_TEST, test_draws_++));
+  return x;
+}
+
+static int test_below_(int n) {
+  return (int)rng_below(12, RNG_TEST, test_draws_++, (uint64_t)n);
+}
+
+// Copies to the device: parameters, activations, integers; zeros where host is NULL.
+static float *dev_floats_(const float *host, size_t n) {
+  float *p = (float *)dev_memory_(n * sizeof(float));
+  if (host) dev_copy_in(p, host, n * sizeof(float));
+  return p;
+}
+
+static floatX *dev_acts_(const float *host, size_t n) {
+  floatX *p = (floatX *)dev_memory_(n * sizeof(floatX));
+  if (host) dev_floatx_in(p, host, n);
+  return p;
+}
+
+static int *dev_ints_(const int *host, size_t n) {
+  int *p = (int *)dev_memory_(n * sizeof(int));
+  dev_copy_in(p, host, n * sizeof(int));
+  return p;
+}
+
+// And back.
+static float *read_floats_(const float *dev, size_t n) {
+  float *p = host_floats_(n);
+  dev_copy_out(p, dev, n * sizeof(float));
+  return p;
+}
+
+static float *read_acts_(const floatX *dev, size_t n) {
+  float *p = host_floats_(n);
+  dev_floatx_out(p, dev, n);
+  return p;
+}
+
+static int8_t *read_codes_(const void *dev, size_t n) {
+  int8_t *p = (int8_t *)host_memory_(n);
+  dev_copy_out(p, dev, n);
+  return p;
+}
+
+// Scratch for every shape in this file at the current number of threads.
+static void reserve_scratch_(void) {
+  Config c;
+  memset(&c, 0, sizeof c);
+  c.dim = c.ffn_dim = c.heads = c.kv_heads = c.head_dim = 1;
+  c.dim = c.vocab = 1024;
+  model_reserve_scratch(&c, 1024);
+}
+
+static void set_threads_(int threads) {
+  dev_init(threads);
+  reserve_scratch_();
+}
+
+static QAct new_qact_(int bits, float lambda, size_t R, size_t K) {
+  QAct q;
+  q.data = dev_memory_(R * K * sizeof(floatX));
+  q.s = dev_floats_(NULL, R);
+  q.lambda = lambda;
+  q.bits = bits;
+  return q;
+}
+
+// A BitWeight of up to three matrices, quantised from master (device memory). bias: device memory or NULL.
+static BitWeight new_weight_(const float *master, const float *bias, int rows0, int rows1, int rows2, int K, float lambda, int precision) {
+  BitWeight w;
+  memset(&w, 0, sizeof w);
+  w.N = rows0 + rows1 + rows2;
+  w.K = K;
+  w.parts[0] = rows0;
+  w.parts[1] = rows1;
+  w.parts[2] = rows2;
+  w.precision = precision;
+  w.data = dev_memory_(bitweight_bytes(w.N, K));
+  w.gamma = dev_floats_(NULL, (size_t)w.N);
+  w.bias = bias;
+  weight_quantize(&w, master, lambda);
+  return w;
+}
+
+// The weights [N,K] that products see, whatever layout the backend keeps them in, at lambda < 1: the product with an identity.
+static float *effective_weights_(const BitWeight *w) {
+  size_t N = (size_t)w->N, K = (size_t)w->K;
+  BitWeight plain = *w;
+  QAct identity = new_qact_(0, w->lambda, K, K);
+  float *one = host_floats_(K * K), *out = host_floats_(N * K), *y;
+  for (size_t k = 0; k < K; k++) one[k * K + k] = 1;
+  dev_floatx_in((floatX *)identity.data, one, K * K);
+  plain.bias = NULL;
+  plain.precision = PRECISION_FP32;
+  floatX *dev_y = dev_acts_(NULL, K * N);
+  bitlinear_forward(dev_y, &identity, &plain, NULL, w->K);
+  y = read_acts_(dev_y, K * N);
+  for (size_t n = 0; n < N; n++) {
+    for (size_t k = 0; k < K; k++) out[n * K + k] = y[k * N + n];
+  }
+  return out;
+}
+
+// The codes [N,K] of a BitWeight at lambda = 1.
+static int8_t *weight_codes_(const BitWeight *w) {
+  int8_t *device = (int8_t *)dev_memory_((size_t)w->N * (size_t)w->K);
+  bitweight_codes(device, w);
+  return read_codes_(device, (size_t)w->N * (size_t)w->K);
+}
+
+static float *floats_of_(const int8_t *codes, size_t n) {
+  float *x = host_floats_(n);
+  for (size_t i = 0; i < n; i++) x[i] = codes[i];
+  return x;
+}
+
+// float rounded to 8 bits of mantissa, ties to even, by arithmetic instead of bit tricks.
+static double nearest_bf16_(double x) {
+  int e;
+  if (x == 0) return 0;
+  frexp(x, &e);
+  return ldexp(rint(ldexp(x, 8 - e)), e - 8);
+}
+
+// The operand of a float product as its precision asks for.
+static double operand_(float x, int precision) {
+  return precision == PRECISION_BF16 ? nearest_bf16_((double)x) : (double)x;
+}
+
+// 1 if both arrays hold the same bits.
+static int same_bits_(const void *a, const void *b, size_t bytes) {
+  return memcmp(a, b, bytes) == 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Quantisers.
+
+static void test_quant_weights(void) {
+  // mean |W| = 2, so codes change at |w| = 1: a tie goes to the even number 0, the next float above it to 1.
+  static const float tie[8] = {4, -4, 1, -1, 0, 1.0000001f, -1.0000001f, 3.9999998f};
+  static const int8_t want[8] = {1, -1, 0, 0, 0, 1, -1, 1};
+  static const float tiny[8] = {1e-6f, -4e-6f, 5.1e-6f, 0, 0, 0, -6e-6f, 1e-9f};   // mean below 1e-5: gamma is 1e-5
+  static const int8_t want_tiny[8] = {0, 0, 1, 0, 0, 0, -1, 0};
+  float *master = host_floats_(24);
+  memcpy(master, tie, sizeof tie);
+  memcpy(master + 8, tiny, sizeof tiny);   // and eight zeros
+  float *device = dev_floats_(master, 24);
+  // Three matrices side by side, [2,4] each: a scale of its own for each of them.
+  reserve_scratch_();
+  BitWeight w = new_weight_(device, NULL, 2, 2, 2, 4, 1, PRECISION_FP32);
+  int8_t *got = weight_codes_(&w);
+  float *gamma = read_floats_(w.gamma, 6);
+  for (int i = 0; i < 8; i++) {
+    CHECK(got[i] == want[i], "code of %.8g is %d, wanted %d", (double)tie[i], got[i], want[i]);
+    CHECK(got[8 + i] == want_tiny[i], "code of %.8g is %d, wanted %d", (double)tiny[i], got[8 + i], want_tiny[i]);
+    CHECK(got[16 + i] == 0, "code of 0 is %d", got[16 + i]);
+  }
+  CHECK(gamma[0] == 2 && gamma[1] == 2, "gamma %.9g", (double)gamma[0]);
+  for (int i = 2; i < 6; i++) CHECK(gamma[i] == 1e-5f, "gamma %.9g of a matrix below the floor", (double)gamma[i]);
+
+  // lambda = 0 is the master itself, 1/2 the middle.
+  weight_quantize(&w, device, 0);
+  CHECK(same_bits_(effective_weights_(&w), master, 24 * sizeof(float)), "lambda = 0 changed the weights");
+  weight_quantize(&w, device, 0.5f);
+  float *half = effective_weights_(&w);
+  CHECK(half[0] == 3 && half[2] == 0.5f && half[3] == -0.5f && half[7] == 0.5f * (3.9999998f + 2), "lambda = 1/2: %g %g", (double)half[0], (double)half[2]);
+
+  // Damaged weights: the scale of their matrix is NaN, so every output is; the neighbours keep theirs.
+  static const float bad[3] = {NAN, INFINITY, -INFINITY};
+  floatX *x = dev_acts_(normals_(4, 0, 1), 4), *y = dev_acts_(NULL, 6);
+  QAct q = new_qact_(8, 1, 1, 4);
+  act_quant_forward(&q, x, 1, 4);
+  for (int i = 0; i < 3; i++) {
+    master[9] = bad[i];
+    dev_copy_in(device, master, 24 * sizeof(float));
+    weight_quantize(&w, device, 1);
+    bitlinear_forward(y, &q, &w, NULL, 1);
+    float *out = read_acts_(y, 6);
+    CHECK(!isfinite(out[2]) && !isfinite(out[3]), "a weight of %g gives the output %g", (double)bad[i], (double)out[2]);
+    CHECK(isfinite(out[0]) && isfinite(out[1]) && isfinite(out[4]), "a weight of %g spoils other matrices", (double)bad[i]);
+  }
+  end_test_();
+
+  // A large matrix against a plain loop.
+  size_t N = 67, K = 301;
+  float *big = normals_(N * K, 0.01, 0.3);
+  w = new_weight_(dev_floats_(big, N * K), NULL, 40, 27, 0, (int)K, 1, PRECISION_FP32);
+  got = weight_codes_(&w);
+  gamma = read_floats_(w.gamma, N);
+  for (int part = 0; part < 2; part++) {
+    size_t first = part ? 40 : 0, end = part ? N : 40;
+    double sum = 0;
+    for (size_t i = first * K; i < end * K; i++) sum += fabs((double)big[i]);
+    double mean = sum / (double)((end - first) * K);
+    for (size_t n = first; n < end; n++) CHECK(fabs((double)gamma[n] / mean - 1) < 1e-7, "gamma[%zu] = %.9g, wanted %.9g", n, (double)gamma[n], mean);
+    float inverse = 1.0f / gamma[first];
+    for (size_t i = first * K; i < end * K; i++) {
+      float scaled = big[i] * inverse;
+      int code = scaled > 0.5f ? 1 : scaled < -0.5f ? -1 : 0;   // ties go to 0, the even number
+      CHECK(got[i] == code, "code %zu is %d, wanted %d", i, got[i], code);
+    }
+  }
+  end_test_();
+}
+
+// One row through act_quant_forward at lambda = 1: its codes must be want, its scale s.
+static void check_act_codes_(const char *name, int bits, const float *x, const int *want, int K, float s) {
+  QAct q = new_qact_(bits, 1, 1, (size_t)K);
+  act_quant_forward(&q, dev_acts_(x, (size_t)K), 1, K);
+  int8_t *codes = read_codes_(q.data, (size_t)K);
+  float got = read_floats_(q.s, 1)[0];
+  for (int k = 0; k < K; k++) CHECK(codes[k] == want[k], "%s: the code of %.8g is %d, wanted %d", name, (double)x[k], codes[k], want[k]);
+  CHECK(fabsf(got - s) <= 1e-7f * s, "%s: scale %.9g, wanted %.9g", name, (double)got, (double)s);
+}
+
+static void test_quant_activations(void) {
+  // Halves go to the even neighbour.
+  static const float halves[9] = {127, 63.5f, 64.5f, 0.5f, -0.5f, 1.5f, -1.5f, 2.5f, -127};
+  static const int halves_want[9] = {127, 64, 64, 0, 0, 2, -2, 2, -127};
+  static const float four[7] = {7, 3.5f, 2.5f, -6.5f, -5.5f, 0.5f, -7};
+  static const int four_want[7] = {7, 4, 2, -6, -6, 0, -7};
+  static const float tiny[3] = {1e-6f, -1e-7f, 0};   // largest below 1e-5: it counts as 1e-5
+  static const int tiny_want[3] = {13, -1, 0};
+  static const float zero[3] = {0, 0, 0};
+  static const int zero_want[3] = {0, 0, 0};
+  static const float huge[3] = {3.0e38f, -3.0e38f, 1.5e38f};
+  static const int huge_want[3] = {127, -127, 64};
+  check_act_codes_("halves", 8, halves, halves_want, 9, 1);
+  check_act_codes_("four bits", 4, four, four_want, 7, 1);
+  check_act_codes_("tiny", 8, tiny, tiny_want, 3, 1e-5f / 127);
+  check_act_codes_("zeros", 8, zero, zero_want, 3, 1e-5f / 127);
+  check_act_codes_("huge", 8, huge, huge_want, 3, 3.0e38f / 127);
+  CHECK(act_round(1e30f, 1, 127) == 127 && act_round(-1e30f, 1, 127) == -128 && act_round(-1e30f, 1, 7) == -8, "clamping");
+
+  // Random rows against the formula; at other lambdas the value is mixed with its quantised form.
+  enum { R = 5, K = 67 };
+  static const float lambdas[3] = {0, 0.3f, 1};
+  float *x = normals_((size_t)R * K, 0, 2);
+  floatX *device = dev_acts_(x, (size_t)R * K);
+  for (int bits = 4; bits <= 8; bits += 4) {
+    for (int i = 0; i < 3; i++) {
+      float lambda = lambdas[i], levels = bits == 8 ? 127.0f : 7.0f;
+      QAct q = new_qact_(bits, lambda, R, K);
+      act_quant_forward(&q, device, R, K);
+      int8_t *codes = read_codes_(q.data, (size_t)R * K);
+      float *s = read_floats_(q.s, R), *eff = lambda < 1 ? read_acts_((const floatX *)q.data, (size_t)R * K) : NULL;
+      for (int r = 0; r < R; r++) {
+        float top = 0, *row = x + r * K;
+        for (int k = 0; k < K; k++) top = fmaxf(top, fabsf(row[k]));
+        float inverse = levels / top;
+        for (int k = 0; k < K; k++) {
+          double code = rint((double)(row[k] * inverse)), mixed = row[k] + (double)lambda * (code / (double)inverse - (double)row[k]);
+          if (lambda == 1) CHECK(codes[r * K + k] == (int)code, "bits %d: code %d is %d, wanted %g", bits, k, codes[r * K + k], code);
+          else CHECK(fabs(eff[r * K + k] - mixed) <= 2e-7 * (double)top, "bits %d, lambda %g: %g, wanted %g", bits, (double)lambda, (double)eff[r * K + k], mixed);
+        }
+        if (lambda == 1) CHECK(fabsf(s[r] * inverse - 1) <= 2e-7f, "bits %d: scale %g", bits, (double)s[r]);
+      }
+      if (lambda == 0) CHECK(same_bits_(eff, x, (size_t)R * K * sizeof(float)), "bits %d: lambda = 0 changed the values", bits);
+    }
+  }
+
+  // Values that are not finite are seen in all of their row and nowhere else.
+  static const float bad[3] = {NAN, INFINITY, -INFINITY};
+  for (int i = 0; i < 3; i++) {
+    x[K + 40] = bad[i];
+    dev_floatx_in(device, x, (size_t)R * K);
+    QAct q = new_qact_(8, 1, R, K), mixed = new_qact_(8, 0.3f, R, K);
+    act_quant_forward(&q, device, R, K);
+    act_quant_forward(&mixed, device, R, K);
+    float *s = read_floats_(q.s, R), *eff = read_acts_((const floatX *)mixed.data, (size_t)R * K);
+    CHECK(isnan(s[1]) && isfinite(s[0]) && isfinite(s[2]), "%g in row 1: scales %g %g %g", (double)bad[i], (double)s[0], (double)s[1], (double)s[2]);
+    for (int k = 0; k < K; k++) CHECK(isnan(eff[K + k]) && isfinite(eff[k]) && isfinite(eff[2 * K + k]), "%g in row 1: %g", (double)bad[i], (double)eff[K + k]);
+  }
+  end_test_();
+}
+
+// rmsnorm + quantiser and gate + norm + quantiser in one pass give the bits of the passes one by one.
+static void test_fused(void) {
+  enum { R = 7, K = 83 };
+  static const struct { int bits; float lambda; } forms[] = {{8, 1}, {4, 1}, {8, 0.3f}, {8, 0}, {0, 1}};
+  float *gain = dev_floats_(normals_(K, 1, 0.3), K), *rstd = dev_floats_(NULL, R), *rstd2 = dev_floats_(NULL, R);
+  float *gate_up = normals_((size_t)R * 2 * K, 0, 1), *u = host_floats_((size_t)R * K);
+  floatX *x = dev_acts_(normals_((size_t)R * K, 0, 1), (size_t)R * K), *normed = dev_acts_(NULL, (size_t)R * K);
+  floatX *dev_gate_up = dev_acts_(gate_up, (size_t)R * 2 * K);
+  reserve_scratch_();
+  for (size_t i = 0; i < ARRAY_LEN(forms); i++) {
+    size_t bytes = (size_t)R * K * (forms[i].bits && forms[i].lambda == 1 ? 1 : sizeof(floatX));
+    QAct a = new_qact_(forms[i].bits, forms[i].lambda, R, K), b = new_qact_(forms[i].bits, forms[i].lambda, R, K);
+    rmsnorm_forward(normed, rstd, x, gain, R, K, 1e-5f);
+    act_quant_forward(&a, normed, R, K);
+    rmsnorm_quant_forward(&b, rstd2, x, gain, R, K, 1e-5f);
+    CHECK(same_bits_(read_codes_(a.data, bytes), read_codes_(b.data, bytes), bytes), "norm: bits %d, lambda %g", forms[i].bits, (double)forms[i].lambda);
+    CHECK(same_bits_(read_floats_(a.s, R), read_floats_(b.s, R), R * sizeof(float)), "norm: scales");
+    CHECK(same_bits_(read_floats_(rstd, R), read_floats_(rstd2, R), R * sizeof(float)), "norm: rstd");
+    for (int form = 0; form < 3; form++) {   // relu2 with norm, relu2 without, silu with norm
+      int act = form == 2 ? ACT_SILU : ACT_RELU2;
+      glu_quant_forward(&b, rstd2, dev_gate_up, form == 1 ? NULL : gain, R, K, act, 1e-5f);
+      for (int k = 0; k < R * K; k++) {
+        float gate = gate_up[k / K * 2 * K + k % K], up = gate_up[k / K * 2 * K + K + k % K], positive = gate > 0 ? gate : 0;
+        u[k] = act == ACT_RELU2 ? positive * positive * up : (float)((double)gate / (1 + exp(-(double)gate)) * (double)up);
+      }
+      floatX *dev_u = dev_acts_(u, (size_t)R * K);
+      if (form != 1) rmsnorm_forward(normed, rstd, dev_u, gain, R, K, 1e-5f);
+      act_quant_forward(&a, form == 1 ? dev_u : normed, R, K);
+      if (act == ACT_RELU2) {
+        CHECK(same_bits_(read_codes_(a.data, bytes), read_codes_(b.data, bytes), bytes), "gate %d: bits %d, lambda %g", form, forms[i].bits, (double)forms[i].lambda);
+        CHECK(same_bits_(read_floats_(a.s, R), read_floats_(b.s, R), R * sizeof(float)), "gate %d: scales", form);
+      } else if (forms[i].bits == 0) {   // silu here uses the library's exp, so only to rounding, and only where nothing rounds to codes
+        CHECK_CLOSE("silu gate", read_acts_((const floatX *)b.data, (size_t)R * K), read_acts_((const floatX *)a.data, (size_t)R * K), (size_t)R * K, 1e-6);
+      }
+      if (form != 1) CHECK_CLOSE("rstd of the gate", read_floats_(rstd2, R), read_floats_(rstd, R), R, 1e-6);
+    }
+  }
+  end_test_();
+}
+
+static void test_pack4(void) {
+  // Rows 0 .. 3 of one column: codes 1, 0, -1, 1 -> fields 2, 1, 0, 2 from the low bits up.
+  static const int8_t column[4] = {1, 0, -1, 1};
+  uint8_t byte;
+  int8_t back[4];
+  pack4(&byte, column, 4, 1);
+  CHECK(byte == (2 | 1 << 2 | 0 << 4 | 2 << 6), "packed byte %d", byte);
+  CHECK(unpack4(back, &byte, 4, 1) == 1 && same_bits_(back, column, 4), "unpacked %d %d %d %d", back[0], back[1], back[2], back[3]);
+  for (int field = 0; field < 4; field++) {   // the code 3 in any place is damage
+    uint8_t damaged = (uint8_t)(byte | 3 << (2 * field));
+    CHECK(unpack4(back, &damaged, 4, 1) == 0, "code 3 in field %d was accepted", field);
+  }
+  // Rows that share a byte lie out/4 apart.
+  enum { OUT = 12, IN = 5 };
+  int8_t codes[OUT * IN], again[OUT * IN];
+  uint8_t packed[OUT / 4 * IN];
+  for (int i = 0; i < OUT * IN; i++) codes[i] = (int8_t)(test_below_(3) - 1);
+  pack4(packed, codes, OUT, IN);
+  for (int n = 0; n < OUT; n++) {
+    for (int k = 0; k < IN; k++) {
+      int got = (packed[n % 3 * IN + k] >> (2 * (n / 3)) & 3) - 1;
+      CHECK(got == codes[n * IN + k], "row %d column %d: %d, wanted %d", n, k, got, codes[n * IN + k]);
+    }
+  }
+  CHECK(unpack4(again, packed, OUT, IN) == 1 && same_bits_(again, codes, sizeof codes), "round trip");
+  end_test_();
+}
+
+// The schedules of lambda and of the learning rate at points that can be worked out by hand.
+static void test_schedules(void) {
+  static const struct { int kind; int64_t t; double want; } lambdas[] = {   // T = 1000, W = 400
+    {LAMBDA_WARMUP, 0, 0}, {LAMBDA_WARMUP, 100, 0.25}, {LAMBDA_WARMUP, 400, 1}, {LAMBDA_WARMUP, 999, 1}, {LAMBDA_LINEAR, 250, 0.25},
+    {LAMBDA_ACCELERATED, 250, 0.5}, {LAMBDA_ACCELERATED, 500, 1}, {LAMBDA_ACCELERATED, 900, 1}, {LAMBDA_COSINE, 0, 0}, {LAMBDA_COSINE, 200, 0.5},
+    {LAMBDA_COSINE, 400, 1}, {LAMBDA_COSINE, 700, 1}, {LAMBDA_EXPONENTIAL, 0, 0}, {LAMBDA_EXPONENTIAL, 500, 1 - 1.0 / 256}, {LAMBDA_SIGMOID, 0, 0},
+    {LAMBDA_SIGMOID, 500, 0.5}, {LAMBDA_SIGMOID, 1000, 1}, {LAMBDA_STEP, 0, 0.25}, {LAMBDA_STEP, 250, 0.5}, {LAMBDA_STEP, 749, 0.75}, {LAMBDA_STEP, 750, 1},
+    {LAMBDA_NONE, 0, 1}};
+  for (size_t i = 0; i < ARRAY_LEN(lambdas); i++) {
+    double got = lambda_at(lambdas[i].kind, lambdas[i].t, 1000, 400, 0);
+    CHECK(fabs(got - lambdas[i].want) < 1e-12, "schedule %d: lambda(%d) = %.15g, wanted %.15g", lambdas[i].kind, (int)lambdas[i].t, got, lambdas[i].want);
+  }
+  CHECK(lambda_at(LAMBDA_WARMUP, 0, 1000, 0, 0) == 1, "no ramp");
+  for (int kind = LAMBDA_WARMUP; kind <= LAMBDA_NONE; kind++) {
+    for (int64_t t = 0; t < 1000; t++) {
+      double a = lambda_at(kind, t, 1000, 400, 0), b = lambda_at(kind, t + 1, 1000, 400, 0);
+      CHECK(a >= 0 && b >= a && b <= 1, "schedule %d leaves [0,1] or falls at %d: %g %g", kind, (int)t, a, b);
+    }
+  }
+
+  // T = 110, W = 10: 100 updates after the warm-up.
+  static const struct { int kind; int64_t t; double want; } rates[] = {
+    {LR_COSINE, 0, 0.1}, {LR_COSINE, 9, 1}, {LR_COSINE, 10, 1}, {LR_COSINE, 60, 0.6}, {LR_COSINE, 110, 0.2}, {LR_LINEAR, 60, 0.6}, {LR_LINEAR, 110, 0.2},
+    {LR_CONSTANT, 10, 1}, {LR_CONSTANT, 109, 1}, {LR_WSD, 87, 1}, {LR_WSD, 88, 1}, {LR_WSD, 99, 0.6}, {LR_WSD, 110, 0.2}, {LR_TWO_STAGE, 10, 1},
+    {LR_TWO_STAGE, 55, 0.5}, {LR_TWO_STAGE, 110, 0.2}, {LR_FAQ, 10, 1}, {LR_FAQ, 35, 0.75}, {LR_FAQ, 60, 0.25}, {LR_FAQ, 110, 0}};
+  Schedule s = {0, 110, 10, 1, 0.2, 0.5, 0.2, 0.1, 0.5};
+  for (size_t i = 0; i < ARRAY_LEN(rates); i++) {
+    s.kind = rates[i].kind;
+    double got = lr_at(&s, rates[i].t);
+    CHECK(fabs(got - rates[i].want) < 1e-12, "schedule %d: lr(%d) = %.15g, wanted %.15g", s.kind, (int)rates[i].t, got, rates[i].want);
+  }
+  CHECK(wd_at(&s, 0) == 0.1 && wd_at(&s, 54) == 0.1 && wd_at(&s, 55) == 0, "weight decay %g %g", wd_at(&s, 54), wd_at(&s, 55));
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Products of the CPU.
+
+#ifdef BITNET_MATMUL_H
+
+// Relative error of the fast exponential, and its ends.
+static void test_exp_fast(void) {
+  double worst = 0;
+  for (int i = 0; i <= 400000; i++) {
+    float x = -87.0f + (float)i * (175.0f / 400000.0f);
+    if (x > 88.0f) x = 88.0f;
+    worst = fmax(worst, fabs((double)exp_fast(x) / exp((double)x) - 1));
+  }
+  CHECK(worst < 2e-7, "relative error %.3g", worst);
+  CHECK(exp_fast(0) == 1, "e^0 = %.9g", (double)exp_fast(0));
+  CHECK(exp_fast(-INFINITY) > 0 && exp_fast(-INFINITY) < 1.7e-38f && exp_fast(-1e30f) == exp_fast(-87), "lower end %g", (double)exp_fast(-INFINITY));
+  CHECK(exp_fast(INFINITY) == exp_fast(88) && isfinite(exp_fast(88)), "upper end %g", (double)exp_fast(INFINITY));
+  CHECK(isnan(exp_fast(NAN)), "NaN became %g", (double)exp_fast(NAN));
+}
+
+static const int product_shapes_[][3] = {{1, 1, 1}, {1, 16, 4}, {2, 17, 3}, {3, 5, 5}, {5, 33, 7}, {6, 64, 8}, {7, 65, 9}, {12, 32, 256}, {13, 31, 257},
+                                         {6, 128, 63}, {25, 70, 64}, {97, 47, 513}, {1, 83, 300}, {40, 2100, 5}};
+
+// int8 x ternary: exact sums, then scales, bias and residual; against plain loops.
+static void test_gemm_i8(void) {
+  for (size_t shape = 0; shape < ARRAY_LEN(product_shapes_); shape++) {
+    size_t M = (size_t)product_shapes_[shape][0], N = (size_t)product_shapes_[shape][1], K = (size_t)product_shapes_[shape][2];
+    // The last activation ends where its memory ends, so that the sanitizer sees a read beyond it.
+    int8_t *q = (int8_t *)host_memory_(M * K), *t = (int8_t *)host_memory_(N * K);
+    for (size_t i = 0; i < M * K; i++) q[i] = (int8_t)(test_below_(256) - 128);
+    for (size_t i = 0; i < N * K; i++) t[i] = (int8_t)(test_below_(3) - 1);
+    if (shape == 7) {   // the largest possible sums
+      memset(q, -128, M * K);
+      memset(t, 1, N * K);
+    }
+    uint8_t *panels = (uint8_t *)dev_memory_(ternary_panel_bytes(N, K));
+    ternary_pack_panels(panels, t, N, K);
+    float *s = normals_(M, 1, 0.2), *gamma = normals_(N, 1, 0.2), *bias = normals_(N, 0, 100), *residual = normals_(M * N, 0, 100);
+    float *out = host_floats_(M * N + 1), *want = host_floats_(M * N);
+    int32_t *sums = (int32_t *)host_memory_(M * N * sizeof(int32_t));
+    for (int with = 0; with < 4; with++) {   // bit 0: bias, bit 1: residual
+      for (size_t i = 0; i <= M * N; i++) out[i] = 12345;
+      gemm_i8(out, with ? NULL : sums, q, s, panels, gamma, with & 1 ? bias : NULL, with & 2 ? residual : NULL, M, N, K);
+      for (size_t m = 0; m < M; m++) {
+        for (size_t n = 0; n < N; n++) {
+          int sum = 0;
+          for (size_t k = 0; k < K; k++) sum += (int)q[m * K + k] * t[n * K + k];
+          CHECK(sums[m * N + n] == sum, "[%zu,%zu,%zu]: sum at %zu,%zu is %d, wanted %d", M, N, K, m, n, sums[m * N + n], sum);
+          want[m * N + n] = (float)((double)sum * (double)s[m] * (double)gamma[n] + (with & 1 ? (double)bias[n] : 0) + (with & 2 ? (double)residual[m * N + n] : 0));
+        }
+      }
+      char name[64];
+      snprintf(name, sizeof name, "[%zu,%zu,%zu] with %d", M, N, K, with);
+      CHECK_CLOSE(name, out, want, M * N, 3e-7);
+      CHECK(out[M * N] == 12345, "%s: wrote beyond its end", name);
+    }
+    end_test_();
+  }
+}
+
+// The kernel of this machine against its twin in plain C, in both forms in which gemm_i8 calls it.
+static void test_gemm_i8_twin(void) {
+  for (size_t K = 1; K <= 70; K += K < 20 ? 1 : 13) {
+    size_t N = 4 * I8_WIDTH - 3, groups = (K + 3) / 4;
+    int8_t *q = (int8_t *)host_memory_(I8_ROWS * K), *t = (int8_t *)host_memory_(N * K);
+    for (size_t i = 0; i < I8_ROWS * K; i++) q[i] = (int8_t)(test_below_(256) - 128);
+    for (size_t i = 0; i < N * K; i++) t[i] = (int8_t)(test_below_(3) - 1);
+    uint8_t *panels = (uint8_t *)dev_memory_(ternary_panel_bytes(N, K));
+    ternary_pack_panels(panels, t, N, K);
+    int32_t a[I8_ROWS * 4 * I8_WIDTH], b[I8_ROWS * 4 * I8_WIDTH];
+    tile_i8(a, q, panels, K, I8_ROWS, 4);
+    tile_i8_scalar(b, q, panels, K, I8_ROWS, 4);
+    CHECK(same_bits_(a, b, sizeof a), "6 x 4 panels, K = %zu", K);
+    for (size_t i = 0; i < I8_ROWS; i++) {
+      for (size_t j = 0; j < 4; j++) {
+        tile_i8(a, q + i * K, panels + j * groups * I8_WIDTH * 4, K, 1, 1);
+        CHECK(same_bits_(a, b + (i * 4 + j) * I8_WIDTH, I8_WIDTH * sizeof(int32_t)), "row %zu, panel %zu, K = %zu", i, j, K);
+      }
+    }
+    end_test_();
+  }
+}
+
+/*
+gemm_f32 in every form: A and B with contiguous rows, contiguous columns, or neither; B as floats or codes; scale, bias, residual,
+accumulation; both precisions. Gaps between rows hold NaN, so reading one is seen.
+*/
+static void check_gemm_f32_(const int *shape, int form) {
+  size_t M = (size_t)shape[0], N = (size_t)shape[1], K = (size_t)shape[2];
+  int a_form = form % 3, b_form = form / 3 % 3, codes = form / 9 % 2, precision = form / 18 % 2;
+  int scaled = test_below_(2), bias = test_below_(2), residual = test_below_(2), accumulate = test_below_(2);
+  Product g;
+  memset(&g, 0, sizeof g);
+  g.M = M, g.N = N, g.K = K;
+  g.a_row = a_form == 0 ? K + 3 : a_form == 1 ? 1 : 2 * K + 1;
+  g.a_col = a_form == 0 ? 1 : a_form == 1 ? M + 2 : 2;
+  g.b_row = b_form == 0 ? N + 5 : b_form == 1 ? 1 : 2;
+  g.b_col = b_form == 0 ? 1 : b_form == 1 ? K + 1 : 2 * K + 1;
+  size_t a_size = (M - 1) * g.a_row + (K - 1) * g.a_col + 1, b_size = (K - 1) * g.b_row + (N - 1) * g.b_col + 1;
+  float *A = host_floats_(a_size), *B = host_floats_(b_size), *C = host_floats_(M * N + 1), *want = host_floats_(M * N);
+  int8_t *Q = (int8_t *)host_memory_(b_size);
+  float *a = normals_(M * K, 0, 1), *b = normals_(K * N, 0, 1), *s = normals_(K, 1, 0.3), *old = normals_(M * N, 0, 3);
+  for (size_t i = 0; i < a_size; i++) A[i] = NAN;
+  for (size_t i = 0; i < b_size; i++) B[i] = NAN;
+  for (size_t i = 0; i < M; i++) {
+    for (size_t p = 0; p < K; p++) A[i * g.a_row + p * g.a_col] = a[i * K + p];
+  }
+  for (size_t p = 0; p < K; p++) {
+    for (size_t j = 0; j < N; j++) {
+      int8_t code = (int8_t)(test_below_(256) - 128);
+      B[p * g.b_row + j * g.b_col] = b[p * N + j];
+      Q[p * g.b_row + j * g.b_col] = code;
+      if (codes) b[p * N + j] = code;
+    }
+  }
+  g.A = A;
+  if (scaled) g.a_scale = s;
+  if (codes) g.B_codes = Q;
+  else g.B = B;
+  g.C = C;
+  g.accumulate = accumulate;
+  if (bias) g.bias = normals_(N, 0, 3);
+  if (residual) g.residual = normals_(M * N, 0, 3);
+  g.precision = precision;
+  for (size_t i = 0; i < M * N; i++) C[i] = accumulate ? old[i] : NAN;
+  C[M * N] = 12345;
+  gemm_f32(&g, (float *)dev_memory_(gemm_scratch_bytes()));
+  double *row = (double *)host_memory_(N * sizeof(double));
+  for (size_t i = 0; i < M; i++) {
+    for (size_t j = 0; j < N; j++) row[j] = (accumulate ? (double)old[i * N + j] : 0) + (bias ? (double)g.bias[j] : 0) + (residual ? (double)g.residual[i * N + j] : 0);
+    for (size_t p = 0; p < K; p++) {
+      double x = operand_(scaled ? a[i * K + p] * s[p] : a[i * K + p], precision);
+      for (size_t j = 0; j < N; j++) row[j] += x * operand_(b[p * N + j], precision);
+    }
+    for (size_t j = 0; j < N; j++) want[i * N + j] = (float)row[j];
+  }
+  char name[160];
+  snprintf(name, sizeof name, "[%zu,%zu,%zu] A %d B %d codes %d precision %d scale %d bias %d residual %d accumulate %d", M, N, K, a_form, b_form, codes,
+           precision, scaled, bias, residual, accumulate);
+  CHECK_CLOSE(name, C, want, M * N, 1e-6);
+  CHECK(C[M * N] == 12345, "%s: wrote beyond its end", name);
+}
+
+static void test_gemm_f32(void) {
+  for (size_t shape = 0; shape < ARRAY_LEN(product_shapes_); shape++) {
+    for (int form = 0; form < 36; form++) {
+      uint64_t draws = test_draws_;
+      check_gemm_f32_(product_shapes_[shape], form);
+      end_test_();
+      test_draws_ = draws + 1000003;   // other numbers and other additions in the next form
+    }
+  }
+  end_test_();
+}
+
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// BitLinear against its definition in double.
+
+static void test_packed_vs_fake(void) {
+  enum { R = 11, N = 37, K = 301 };
+  reserve_scratch_();
+  float *master = normals_((size_t)N * K, 0, 0.4), *bias = normals_(N, 0, 3), *x = normals_((size_t)R * K, 0, 2), *dy = normals_((size_t)R * N, 0, 1);
+  float *residual = normals_((size_t)R * N, 0, 3), *dw_old = normals_((size_t)N * K, 0, 1), *db_old = normals_(N, 0, 1);
+  floatX *dev_x = dev_acts_(x, (size_t)R * K), *dev_dy = dev_acts_(dy, (size_t)R * N), *dev_residual = dev_acts_(residual, (size_t)R * N);
+  static const struct { int bits; float lambda; int precision; } forms[] = {
+    {8, 1, PRECISION_FP32}, {4, 1, PRECISION_FP32}, {8, 1, PRECISION_BF16}, {0, 1, PRECISION_FP32}, {0, 1, PRECISION_BF16}, {8, 0.3f, PRECISION_FP32},
+    {8, 0.3f, PRECISION_BF16}, {0, 0, PRECISION_FP32}};
+  for (size_t form = 0; form < ARRAY_LEN(forms); form++) {
+    float lambda = forms[form].lambda;
+    int bits = forms[form].bits, precision = forms[form].precision, codes = lambda == 1 && bits > 0, ternary = lambda == 1;
+    QAct q = new_qact_(bits, lambda, R, K);
+    BitWeight w = new_weight_(dev_floats_(master, (size_t)N * K), dev_floats_(bias, N), 20, 10, 7, K, lambda, precision);
+    floatX *y = dev_acts_(NULL, (size_t)R * N), *dx = dev_acts_(NULL, (size_t)R * K);
+    float *dw = dev_floats_(dw_old, (size_t)N * K), *db = dev_floats_(db_old, N);
+    act_quant_forward(&q, dev_x, R, K);
+    bitlinear_forward(y, &q, &w, dev_residual, R);
+    bitlinear_backward(dx, dw, db, dev_dy, &q, &w, R);
+    // The operands that the products are made of: values, or codes with their scales.
+    float *s = read_floats_(q.s, R), *gamma = read_floats_(w.gamma, N);
+    float *xv = codes ? floats_of_(read_codes_(q.data, (size_t)R * K), (size_t)R * K) : read_acts_((const floatX *)q.data, (size_t)R * K);
+    float *wv = ternary ? floats_of_(weight_codes_(&w), (size_t)N * K) : effective_weights_(&w);
+    float *want_y = host_floats_((size_t)R * N), *want_dx = host_floats_((size_t)R * K), *want_dw = host_floats_((size_t)N * K), *want_db = host_floats_(N);
+    for (int r = 0; r < R; r++) {
+      for (int n = 0; n < N; n++) {
+        double sum = 0;
+        for (int k = 0; k < K; k++) sum += operand_(xv[r * K + k], precision) * operand_(wv[n * K + k], precision);
+        want_y[r * N + n] = (float)(sum * (codes ? (double)s[r] : 1) * (ternary ? (double)gamma[n] : 1) + (double)bias[n] + (double)residual[r * N + n]);
+      }
+      for (int k = 0; k < K; k++) {   // the scale belongs to dy, which is rounded together with it
+        double sum = 0;
+        for (int n = 0; n < N; n++) sum += operand_(ternary ? dy[r * N + n] * gamma[n] : dy[r * N + n], precision) * operand_(wv[n * K + k], precision);
+        want_dx[r * K + k] = (float)sum;
+      }
+    }
+    for (int n = 0; n < N; n++) {
+      double db_sum = db_old[n];
+      for (int r = 0; r < R; r++) db_sum += (double)dy[r * N + n];
+      want_db[n] = (float)db_sum;
+      for (int k = 0; k < K; k++) {
+        double sum = dw_old[n * K + k];
+        for (int r = 0; r < R; r++) sum += operand_(codes ? dy[r * N + n] * s[r] : dy[r * N + n], precision) * operand_(xv[r * K + k], precision);
+        want_dw[n * K + k] = (float)sum;
+      }
+    }
+    char name[96];
+    snprintf(name, sizeof name, "bits %d, lambda %g, precision %d: ", bits, (double)lambda, precision);
+    size_t end = strlen(name);
+    strcpy(name + end, "y");
+    CHECK_CLOSE(name, read_acts_(y, (size_t)R * N), want_y, (size_t)R * N, 1e-6);
+    strcpy(name + end, "dx");
+    CHECK_CLOSE(name, read_acts_(dx, (size_t)R * K), want_dx, (size_t)R * K, 1e-6);
+    strcpy(name + end, "dw");
+    CHECK_CLOSE(name, read_floats_(dw, (size_t)N * K), want_dw, (size_t)N * K, 1e-6);
+    strcpy(name + end, "dbias");
+    CHECK_CLOSE(name, read_floats_(db, N), want_db, N, 1e-6);
+  }
+
+  // The integer path against floats that are almost wholly quantised (the last float below 1).
+  QAct q = new_qact_(8, 1, R, K), fake = new_qact_(8, 0.99999994f, R, K);
+  BitWeight w = new_weight_(dev_floats_(master, (size_t)N * K), NULL, 20, 10, 7, K, 1, PRECISION_FP32);
+  BitWeight fw = new_weight_(dev_floats_(master, (size_t)N * K), NULL, 20, 10, 7, K, 0.99999994f, PRECISION_FP32);
+  floatX *y = dev_acts_(NULL, (size_t)R * N), *fy = dev_acts_(NULL, (size_t)R * N);
+  act_quant_forward(&q, dev_x, R, K);
+  act_quant_forward(&fake, dev_x, R, K);
+  bitlinear_forward(y, &q, &w, NULL, R);
+  bitlinear_forward(fy, &fake, &fw, NULL, R);
+  CHECK_CLOSE("packed against fake", read_acts_(y, (size_t)R * N), read_acts_(fy, (size_t)R * N), (size_t)R * N, 1e-6);
+  end_test_();
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Loss, attention, optimizer: plain loops in double.
+
+static void test_cross_entropy(void) {
+  enum { R = 6, V = 83 };
+  int targets[R] = {0, V - 1, -1, 40, 7, 7};
+  float *logits = normals_((size_t)R * V, 0, 3), *coef = normals_(R, 0, 1);
+  for (int v = 0; v < V; v++) logits[4 * V + v] = 1e4f - 1e3f * (float)(v % 5);   // nothing may overflow
+  logits[4 * V + 7] = 1.2e4f;
+  floatX *z = dev_acts_(logits, (size_t)R * V);
+  float *losses = dev_floats_(NULL, R), *lse = dev_floats_(NULL, R), *want = host_floats_(R), *want_dz = host_floats_((size_t)R * V);
+  int *dev_targets = dev_ints_(targets, R);
+  cross_entropy_forward(losses, lse, z, dev_targets, R, V);
+  cross_entropy_backward(z, lse, dev_targets, dev_floats_(coef, R), R, V);
+  for (int r = 0; r < R; r++) {
+    double top = -INFINITY, sum = 0;
+    for (int v = 0; v < V; v++) top = fmax(top, (double)logits[r * V + v]);
+    for (int v = 0; v < V; v++) sum += exp((double)logits[r * V + v] - top);
+    if (targets[r] < 0) continue;   // loss and gradient 0
+    want[r] = (float)(top + log(sum) - (double)logits[r * V + targets[r]]);
+    for (int v = 0; v < V; v++) want_dz[r * V + v] = (float)((double)coef[r] * (exp((double)logits[r * V + v] - top) / sum - (v == targets[r])));
+  }
+  CHECK_CLOSE("losses", read_floats_(losses, R), want, R, 1e-6);
+  CHECK_CLOSE("dlogits", read_acts_(z, (size_t)R * V), want_dz, (size_t)R * V, 1e-6);
+  CHECK(read_floats_(losses, R)[2] == 0, "loss of an ignored target");
+  for (int v = 0; v < V; v++) CHECK(read_acts_(z, (size_t)R * V)[2 * V + v] == 0, "gradient of an ignored target");
+  logits[3 * V + 5] = NAN;
+  dev_floatx_in(z, logits, (size_t)R * V);
+  cross_entropy_forward(losses, lse, z, dev_targets, R, V);
+  CHECK(isnan(read_floats_(losses, R)[3]) && isfinite(read_floats_(losses, R)[1]), "a logit that is NaN");
+  end_test_();
+}
+
+// Documents of random lengths: start [B,T] and the position inside the document pos [B,T], on the host.
+static void random_documents_(int *start, int *pos, int B, int T) {
+  for (int b = 0; b < B; b++) {
+    for (int t = 0, first = 0; t < T; t++) {
+      if (t > 0 && test_below_(9) == 0) first = t;
+      start[b * T + t] = first;
+      pos[b * T + t] = t - first;
+    }
+  }
+}
+
+// Scores, softmax and weighted sum as the formula says; long enough for several blocks of keys; grouped heads; documents.
+static void test_attention(void) {
+  enum { B = 2, T = 150, NH = 6, NKV = 2, HS = 10, QKV = (NH + 2 * NKV) * HS };
+  float *qkv = normals_((size_t)B * T * QKV, 0, 1.5), *want = host_floats_((size_t)B * T * NH * HS), *want_lse = host_floats_((size_t)B * T * NH);
+  int *start = (int *)host_memory_(B * T * sizeof(int)), *pos = (int *)host_memory_(B * T * sizeof(int));
+  random_documents_(start + T, pos + T, 1, T);   // the first row of the batch is one document
+  floatX *out = dev_acts_(NULL, (size_t)B * T * NH * HS);
+  float *lse = dev_floats_(NULL, (size_t)B * T * NH);
+  attention_forward(out, lse, dev_acts_(qkv, (size_t)B * T * QKV), dev_ints_(start, B * T), B, T, NH, NKV, HS);
+  for (int bt = 0; bt < B * T; bt++) {
+    for (int h = 0; h < NH; h++) {
+      double p[T], sum = 0;
+      const float *q = qkv + bt * QKV + h * HS;
+      int n = bt % T - start[bt] + 1, kvh = h / (NH / NKV);
+      for (int j = 0; j < n; j++) {
+        const float *k = qkv + (bt - n + 1 + j) * QKV + (NH + kvh) * HS;
+        p[j] = 0;
+        for (int i = 0; i < HS; i++) p[j] += (double)q[i] * (double)k[i] / sqrt(HS);
+        p[j] = exp(p[j]);
+        sum += p[j];
+      }
+      want_lse[bt * NH + h] = (float)log(sum);
+      for (int i = 0; i < HS; i++) {
+        double o = 0;
+        for (int j = 0; j < n; j++) o += p[j] / sum * (double)qkv[(bt - n + 1 + j) * QKV + (NH + NKV + kvh) * HS + i];
+        want[(bt * NH + h) * HS + i] = (float)o;
+      }
+    }
+  }
+  CHECK_CLOSE("out", read_acts_(out, (size_t)B * T * NH * HS), want, (size_t)B * T * NH * HS, 1e-6);
+  CHECK_CLOSE("lse", read_floats_(lse, (size_t)B * T * NH), want_lse, (size_t)B * T * NH, 1e-6);
+  end_test_();
+}
+
+static void test_adamw(void) {
+  enum { N = 1003, STEPS = 5 };
+  const float lr = 1e-2f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, wd = 0.1f, gscale = 0.25f;
+  float *p0 = normals_(N, 0, 1), *want = host_floats_(N), *g = host_floats_(N);
+  float *p = dev_floats_(p0, N), *m = dev_floats_(NULL, N), *v = dev_floats_(NULL, N), *dev_g = dev_floats_(NULL, N);
+  double *dp = (double *)host_memory_(N * sizeof(double)), *dm = (double *)host_memory_(N * sizeof(double)), *dv = (double *)host_memory_(N * sizeof(double));
+  for (int i = 0; i < N; i++) dp[i] = p0[i];
+  for (int t = 1; t <= STEPS; t++) {
+    for (int i = 0; i < N; i++) g[i] = i % 17 == 0 ? 0 : (float)(pow(10, i % 7 - 3) * rng_normal(5, RNG_TEST, (uint64_t)(t * N + i)));
+    dev_copy_in(dev_g, g, N * sizeof(float));
+    adamw_update(p, m, v, dev_g, N, gscale, lr, beta1, beta2, eps, wd, t);
+    for (int i = 0; i < N; i++) {
+      double gi = (double)g[i] * (double)gscale;
+      dm[i] = (double)beta1 * dm[i] + (1 - (double)beta1) * gi;
+      dv[i] = (double)beta2 * dv[i] + (1 - (double)beta2) * gi * gi;
+      double mhat = dm[i] / (1 - pow((double)beta1, t)), vhat = dv[i] / (1 - pow((double)beta2, t));
+      dp[i] -= (double)lr * (mhat / (sqrt(vhat) + (double)eps) + (double)wd * dp[i]);
+    }
+  }
+  for (int i = 0; i < N; i++) want[i] = (float)dp[i];
+  CHECK_CLOSE("p", read_floats_(p, N), want, N, 1e-6);
+  for (int i = 0; i < N; i++) want[i] = (float)dm[i];
+  CHECK_CLOSE("m", read_floats_(m, N), want, N, 1e-6);
+  for (int i = 0; i < N; i++) want[i] = (float)dv[i];
+  CHECK_CLOSE("v", read_floats_(v, N), want, N, 1e-6);
+  // The update itself: a step of about lr, whatever the size of the gradient, is small beside p.
+  float *got = read_floats_(p, N), *moved = host_floats_(N);
+  for (int i = 0; i < N; i++) {
+    moved[i] = got[i] - p0[i];
+    want[i] = (float)(dp[i] - (double)p0[i]);
+  }
+  CHECK_CLOSE("p - p0", moved, want, N, 2e-5);   // p is near 1 and known to 6e-8, the step near 0.05
+  end_test_();
+}
+
+static void test_sum_squares(void) {
+  static const size_t sizes[] = {0, 1, 2, 1023, 1024, 1025, 4097, 100003};
+  float *x = normals_(100003, 0.1, 1);
+  float *dev_x = dev_floats_(x, 100003);
+  double *out = (double *)dev_memory_(sizeof(double)), got;
+  for (size_t i = 0; i < ARRAY_LEN(sizes); i++) {
+    double want = 0;
+    for (size_t k = 0; k < sizes[i]; k++) want += (double)x[k] * (double)x[k];
+    sum_squares(out, dev_x, sizes[i]);
+    dev_copy_out(&got, out, sizeof got);
+    CHECK(fabs(got - want) <= 1e-13 * want, "n = %zu: %.17g, wanted %.17g", sizes[i], got, want);
+  }
+  x[77777] = NAN;
+  dev_copy_in(dev_x, x, 100003 * sizeof(float));
+  sum_squares(out, dev_x, 100003);
+  dev_copy_out(&got, out, sizeof got);
+  CHECK(isnan(got), "NaN was lost: %g", got);
+  end_test_();
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Every op on rows r0 .. r0+n-1 of one fixed set of inputs. The results are kept by name, so that two runs can be compared.
+
+enum {
+  OR_ = 600, OT_ = 20,            // rows: three chunks of the sums over rows; T of attention
+  OC_ = 300, OF_ = 51, OV_ = 83,  // odd rows: neighbours start at different alignments; OC_ > one block of k
+  ONH_ = 6, ONKV_ = 2, OHS_ = 14, OQKV_ = (ONH_ + 2 * ONKV_) * OHS_, OATT_ = ONH_ * OHS_,
+  ON_ = 37
+};
+
+typedef struct {
+  char name[64];
+  size_t row_bytes;       // of results that belong to rows; 0: sums over rows
+  size_t bytes;
+  unsigned char *data;    // on the host
+} OpResult_;
+
+typedef struct {
+  OpResult_ list[256];
+  int count;
+} OpResults_;
+
+// Inputs on the host, all OR_ rows.
+typedef struct {
+  int *tokens, *targets, *pos, *start, *seq;
+  float *x, *dc, *gate_up, *df, *qkv, *dqkv, *datt, *logits, *dn, *coef;   // [OR_, C C 2F F QKV QKV ATT V N -]
+  float *wte, *gain_c, *gain_f, *gain_h, *master, *bias, *cossin;
+} OpInputs_;
+
+static void op_inputs_(OpInputs_ *in) {
+  in->tokens = (int *)host_memory_(OR_ * sizeof(int));
+  in->targets = (int *)host_memory_(OR_ * sizeof(int));
+  in->pos = (int *)host_memory_(OR_ * sizeof(int));
+  in->start = (int *)host_memory_(OR_ * sizeof(int));
+  in->seq = (int *)host_memory_(OR_ * sizeof(int));
+  random_documents_(in->start, in->pos, OR_ / OT_, OT_);
+  for (int r = 0; r < OR_; r++) {
+    in->tokens[r] = test_below_(OV_);
+    in->targets[r] = test_below_(OV_ + 9) - 9;
+    in->seq[r] = r / OT_;
+  }
+  in->x = normals_(OR_ * OC_, 0, 1);
+  in->dc = normals_(OR_ * OC_, 0, 1);
+  in->gate_up = normals_(OR_ * 2 * OF_, 0, 1);
+  in->df = normals_(OR_ * OF_, 0, 1);
+  in->qkv = normals_(OR_ * OQKV_, 0, 1);
+  in->dqkv = normals_(OR_ * OQKV_, 0, 1);
+  in->datt = normals_(OR_ * OATT_, 0, 1);
+  in->logits = normals_(OR_ * OV_, 0, 3);
+  in->dn = normals_(OR_ * ON_, 0, 1);
+  in->coef = normals_(OR_, 0, 1);
+  in->wte = normals_(OV_ * OC_, 0, 0.3);
+  in->gain_c = normals_(OC_, 1, 0.3);
+  in->gain_f = normals_(OF_, 1, 0.3);
+  in->gain_h = normals_(2 * OHS_, 1, 0.3);
+  in->master = normals_(ON_ * OC_, 0, 0.3);
+  in->bias = normals_(ON_, 0, 1);
+  in->cossin = normals_(OT_ * OHS_, 0, 1);
+}
+
+// Keeps `bytes` of device memory under a name.
+static void keep_(OpResults_ *o, const char *variant, const char *name, const void *dev, size_t row_bytes, size_t bytes) {
+  if (o->count == (int)ARRAY_LEN(o->list)) die(EXIT_FAILED, "bug: too many results");
+  OpResult_ *x = &o->list[o->count++];
+  snprintf(x->name, sizeof x->name, "%s%s", variant, name);
+  x->row_bytes = row_bytes;
+  x->bytes = bytes;
+  x->data = (unsigned char *)host_memory_(bytes);
+  dev_copy_out(x->data, dev, bytes);
+}
+
+// Rows of activations, rows of floats, and sums over rows.
+#define KEEP_ACTS(name, p, width) keep_(o, variant, name, p, (size_t)(width) * sizeof(floatX), (size_t)n * (size_t)(width) * sizeof(floatX))
+#define KEEP_FLOATS(name, p, width) keep_(o, variant, name, p, (size_t)(width) * sizeof(float), (size_t)n * (size_t)(width) * sizeof(float))
+#define KEEP_SUM(name, p, count) keep_(o, variant, name, p, 0, (size_t)(count) * sizeof(float))
+// Rows r0 .. r0+n-1 of an input, on the device.
+#define ROWS(x, width) dev_acts_((x) + (size_t)r0 * (size_t)(width), (size_t)n * (size_t)(width))
+#define NEW_ACTS(width) dev_acts_(NULL, (size_t)n * (size_t)(width))
+
+static void keep_qact_(OpResults_ *o, const char *variant, const char *name, const QAct *q, int n, size_t width) {
+  char full[64];
+  int codes = q->lambda == 1 && q->bits > 0;
+  size_t row = width * (codes ? 1 : sizeof(floatX));
+  keep_(o, variant, name, q->data, row, row * (size_t)n);
+  snprintf(full, sizeof full, "%s scales", name);
+  if (codes) keep_(o, variant, full, q->s, sizeof(float), (size_t)n * sizeof(float));
+}
+
+static void run_row_ops_(OpResults_ *o, const OpInputs_ *in, int r0, int n) {
+  const char *variant = "";
+  int *tokens = dev_ints_(in->tokens + r0, (size_t)n), *targets = dev_ints_(in->targets + r0, (size_t)n), *pos = dev_ints_(in->pos + r0, (size_t)n);
+  float *wte = dev_floats_(in->wte, OV_ * OC_), *dwte = dev_floats_(NULL, OV_ * OC_), *rstd = dev_floats_(NULL, (size_t)n * (ONH_ + ONKV_));
+  float *gain_c = dev_floats_(in->gain_c, OC_), *gain_f = dev_floats_(in->gain_f, OF_), *gain_h = dev_floats_(in->gain_h, 2 * OHS_);
+  float *dgain = dev_floats_(NULL, OC_), *losses = dev_floats_(NULL, (size_t)n), *lse = dev_floats_(NULL, (size_t)n * ONH_);
+  floatX *x = ROWS(in->x, OC_), *dc = ROWS(in->dc, OC_), *qkv = ROWS(in->qkv, OQKV_), *gate_up = ROWS(in->gate_up, 2 * OF_), *y = NEW_ACTS(OC_);
+
+  embedding_forward(y, tokens, wte, n, OC_);
+  KEEP_ACTS("embedding", y, OC_);
+  embedding_backward(dwte, dc, tokens, n, OV_, OC_);
+  KEEP_SUM("embedding dwte", dwte, OV_ * OC_);
+
+  rmsnorm_forward(y, rstd, x, gain_c, n, OC_, 1e-5f);
+  KEEP_ACTS("rmsnorm", y, OC_);
+  KEEP_FLOATS("rmsnorm rstd", rstd, 1);
+  y = ROWS(in->x, OC_);   // the gradient is added to what is there
+  rmsnorm_backward(y, dgain, dc, x, gain_c, rstd, n, OC_);
+  KEEP_ACTS("rmsnorm dx", y, OC_);
+  KEEP_SUM("rmsnorm dgain", dgain, OC_);
+
+  floatX *heads = NEW_ACTS(OQKV_);
+  headnorm_forward(heads, rstd, qkv, gain_h, gain_h + OHS_, n, ONH_, ONKV_, OHS_, 1e-5f);
+  KEEP_ACTS("headnorm", heads, OQKV_);
+  KEEP_FLOATS("headnorm rstd", rstd, ONH_ + ONKV_);
+  heads = ROWS(in->dqkv, OQKV_);
+  dgain = dev_floats_(NULL, 2 * OHS_);
+  headnorm_backward(heads, dgain, dgain + OHS_, qkv, gain_h, gain_h + OHS_, rstd, n, ONH_, ONKV_, OHS_);
+  KEEP_ACTS("headnorm dqkv", heads, OQKV_);
+  KEEP_SUM("headnorm dgain", dgain, 2 * OHS_);
+
+  heads = ROWS(in->qkv, OQKV_);
+  rope_apply(heads, pos, dev_floats_(in->cossin, OT_ * OHS_), n, ONH_, ONKV_, OHS_, 1);
+  KEEP_ACTS("rope", heads, OQKV_);
+
+  if (r0 % OT_ == 0 && n % OT_ == 0) {   // attention mixes the rows of a sequence
+    int *start = dev_ints_(in->start + r0, (size_t)n), *seq = dev_ints_(in->seq, (size_t)n), *at = (int *)host_memory_((size_t)n * sizeof(int));
+    for (int r = 0; r < n; r++) at[r] = r % OT_;
+    floatX *att = NEW_ACTS(OATT_), *dqkv = NEW_ACTS(OQKV_);
+    attention_forward(att, lse, qkv, start, n / OT_, OT_, ONH_, ONKV_, OHS_);
+    KEEP_ACTS("attention", att, OATT_);
+    KEEP_FLOATS("attention lse", lse, ONH_);
+    attention_backward(dqkv, ROWS(in->datt, OATT_), att, lse, qkv, start, n / OT_, OT_, ONH_, ONKV_, OHS_);
+    KEEP_ACTS("attention dqkv", dqkv, OQKV_);
+    size_t cache = (size_t)n * ONKV_ * OHS_;
+    attention_cached(att, dev_acts_(NULL, cache), dev_acts_(NULL, cache), qkv, seq, dev_ints_(at, (size_t)n), n, OT_, ONH_, ONKV_, OHS_);
+    KEEP_ACTS("attention_cached", att, OATT_);
+  }
+
+  for (int act = ACT_RELU2; act <= ACT_SILU; act++) {
+    variant = act == ACT_RELU2 ? "relu2 " : "silu ";
+    for (int norm = 0; norm < 2; norm++) {
+      QAct u = new_qact_(8, 1, (size_t)n, OF_);
+      floatX *dgate_up = NEW_ACTS(2 * OF_);
+      dgain = dev_floats_(NULL, OF_);
+      glu_quant_forward(&u, rstd, gate_up, norm ? gain_f : NULL, n, OF_, act, 1e-5f);
+      keep_qact_(o, variant, norm ? "glu" : "glu without norm", &u, n, OF_);
+      glu_backward(dgate_up, norm ? dgain : NULL, ROWS(in->df, OF_), gate_up, norm ? gain_f : NULL, rstd, n, OF_, act);
+      KEEP_ACTS(norm ? "dgate_up" : "dgate_up without norm", dgate_up, 2 * OF_);
+      KEEP_SUM(norm ? "glu dgain" : "nothing", dgain, OF_);
+    }
+  }
+
+  floatX *z = ROWS(in->logits, OV_);
+  variant = "";
+  cross_entropy_forward(losses, lse, z, targets, n, OV_);
+  KEEP_FLOATS("losses", losses, 1);
+  KEEP_FLOATS("cross-entropy lse", lse, 1);
+  cross_entropy_backward(z, lse, targets, dev_floats_(in->coef + r0, (size_t)n), n, OV_);
+  KEEP_ACTS("dlogits", z, OV_);
+
+  for (int precision = PRECISION_BF16; precision <= PRECISION_FP32; precision++) {
+    variant = precision == PRECISION_BF16 ? "bf16 " : "fp32 ";
+    floatX *logits = NEW_ACTS(OV_), *dx = NEW_ACTS(OC_);
+    float *dw = dev_floats_(in->wte, OV_ * OC_);
+    linear_forward(logits, x, wte, n, OV_, OC_, precision);
+    KEEP_ACTS("linear", logits, OV_);
+    linear_backward(dx, dw, ROWS(in->logits, OV_), x, wte, n, OV_, OC_, precision);
+    KEEP_ACTS("linear dx", dx, OC_);
+    KEEP_SUM("linear dw", dw, OV_ * OC_);
+  }
+}
+
+static void run_bitlinear_(OpResults_ *o, const OpInputs_ *in, int r0, int n) {
+  static const struct { int bits; float lambda; int precision; const char *name; } forms[] = {
+    {8, 1, PRECISION_BF16, "8 bits, bf16: "}, {8, 1, PRECISION_FP32, "8 bits: "}, {4, 1, PRECISION_FP32, "4 bits: "}, {8, 0.3f, PRECISION_BF16, "lambda 0.3, bf16: "},
+    {8, 0.3f, PRECISION_FP32, "lambda 0.3: "}, {0, 1, PRECISION_BF16, "weights only, bf16: "}, {0, 1, PRECISION_FP32, "weights only: "}};
+  float *gain_c = dev_floats_(in->gain_c, OC_), *rstd = dev_floats_(NULL, (size_t)n), *bias = dev_floats_(in->bias, ON_);
+  float *master = dev_floats_(in->master, ON_ * OC_);
+  floatX *x = ROWS(in->x, OC_), *dn = ROWS(in->dn, ON_);
+  for (size_t i = 0; i < ARRAY_LEN(forms); i++) {
+    const char *variant = forms[i].name;
+    QAct q = new_qact_(forms[i].bits, forms[i].lambda, (size_t)n, OC_);
+    BitWeight w = new_weight_(master, bias, 20, 10, 7, OC_, forms[i].lambda, forms[i].precision);
+    floatX *y = NEW_ACTS(ON_), *dx = NEW_ACTS(OC_);
+    float *dw = dev_floats_(in->master, ON_ * OC_), *dbias = dev_floats_(in->bias, ON_);
+    rmsnorm_quant_forward(&q, rstd, x, gain_c, n, OC_, 1e-5f);
+    keep_qact_(o, variant, "norm and quantise", &q, n, OC_);
+    act_quant_forward(&q, x, n, OC_);
+    keep_qact_(o, variant, "quantise", &q, n, OC_);
+    KEEP_SUM("gamma", w.gamma, ON_);
+    if (forms[i].lambda == 1) keep_(o, variant, "codes", weight_codes_(&w), 0, ON_ * OC_);
+    bitlinear_forward(y, &q, &w, ROWS(in->dn, ON_), n);
+    KEEP_ACTS("y", y, ON_);
+    bitlinear_backward(dx, dw, dbias, dn, &q, &w, n);
+    KEEP_ACTS("dx", dx, OC_);
+    KEEP_SUM("dw", dw, ON_ * OC_);
+    KEEP_SUM("dbias", dbias, ON_);
+  }
+}
+
+static void run_optimizer_(OpResults_ *o, const OpInputs_ *in) {
+  const char *variant = "";
+  size_t count = OR_ * OC_;
+  float *p = dev_floats_(in->x, count), *m = dev_floats_(NULL, count), *v = dev_floats_(NULL, count), *g = dev_floats_(in->dc, count);
+  double *sum = (double *)dev_memory_(sizeof(double));
+  for (int t = 1; t <= 3; t++) adamw_update(p, m, v, g, count, 0.7f, 1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, t);
+  sum_squares(sum, p, count);
+  KEEP_SUM("adamw p", p, count);
+  KEEP_SUM("adamw m", m, count);
+  KEEP_SUM("adamw v", v, count);
+  keep_(o, variant, "sum_squares", sum, 0, sizeof(double));
+}
+
+static OpResults_ *run_ops_(const OpInputs_ *in, int r0, int n) {
+  OpResults_ *o = (OpResults_ *)host_memory_(sizeof *o);
+  run_row_ops_(o, in, r0, n);
+  run_bitlinear_(o, in, r0, n);
+  if (n == OR_) run_optimizer_(o, in);
+  return o;
+}
+
+// Frees what a run has used since the marks were taken.
+static void drop_memory_(size_t host_mark, size_t dev_mark) {
+  while (n_host_pool_ > host_mark) free(host_pool_[--n_host_pool_]);
+  while (n_dev_pool_ > dev_mark) dev_free(dev_pool_[--n_dev_pool_]);
+}
+
+static void test_threads_ops(void) {
+  OpInputs_ in;
+  op_inputs_(&in);
+  set_threads_(1);
+  OpResults_ *one = run_ops_(&in, 0, OR_);
+  for (int threads = 2; threads <= 3; threads++) {
+    size_t host_mark = n_host_pool_, dev_mark = n_dev_pool_;
+    set_threads_(threads);
+    OpResults_ *more = run_ops_(&in, 0, OR_);
+    CHECK(more->count == one->count, "%d results, %d", more->count, one->count);
+    for (int i = 0; i < one->count; i++) {
+      const OpResult_ *a = &one->list[i], *b = &more->list[i];
+      CHECK(a->bytes == b->bytes && same_bits_(a->data, b->data, a->bytes), "%s: %d threads give other bits than one", a->name, threads);
+    }
+    drop_memory_(host_mark, dev_mark);
+  }
+  end_test_();
+  set_threads_(0);
+}
+
+// The rows that any op gives for some rows alone are the rows that it gives for all of them.
+static void test_rows_alone(void) {
+  static const int subsets[][2] = {{0, 1}, {1, 1}, {7, 1}, {599, 1}, {3, 2}, {11, 5}, {250, 13}, {20, 20}, {40, 60}, {17, 300}, {1, 599}};
+  OpInputs_ in;
+  op_inputs_(&in);
+  reserve_scratch_();
+  OpResults_ *all = run_ops_(&in, 0, OR_);
+  for (size_t k = 0; k < ARRAY_LEN(subsets); k++) {
+    int r0 = subsets[k][0], n = subsets[k][1], compared = 0;
+    size_t host_mark = n_host_pool_, dev_mark = n_dev_pool_;
+    OpResults_ *some = run_ops_(&in, r0, n);
+    for (int i = 0, j = 0; i < some->count; i++) {
+      const OpResult_ *a = &some->list[i], *b;
+      while (strcmp(all->list[j].name, a->name) != 0) j++;   // the same order; some are missing in a subset
+      b = &all->list[j];
+      if (a->row_bytes == 0) continue;
+      compared++;
+      for (int r = 0; r < n; r++) {
+        const unsigned char *alone = a->data + (size_t)r * a->row_bytes, *beside = b->data + (size_t)(r0 + r) * a->row_bytes;
+        CHECK(same_bits_(alone, beside, a->row_bytes), "%s: row %d has other bits among %d rows than among %d", a->name, r0 + r, n, OR_);
+      }
+    }
+    CHECK(compared >= 40, "only %d results were compared", compared);
+    drop_memory_(host_mark, dev_mark);
+  }
+  end_test_();
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Whole models.
+
+enum { BITNET_STYLE, CONVERTED_STYLE, ODD_STYLE, N_STYLES };
+
+// Small models: as we train them; with everything that converted models bring along; with odd sizes and 4 bits.
+static Config small_config_(int style) {
+  Config c;
+  memset(&c, 0, sizeof c);
+  c.dim = 32, c.layers = 2, c.heads = 4, c.kv_heads = 2, c.head_dim = 8, c.ffn_dim = 48, c.vocab = 61, c.max_seq = 160;
+  c.norm_eps = 1e-5f;
+  c.rope_theta = 10000;
+  c.activation = ACT_RELU2;
+  c.attn_sub_norm = c.ffn_sub_norm = c.tie_embeddings = 1;
+  c.act_bits = 8;
+  c.init_std = 0.2f;
+  if (style == CONVERTED_STYLE) {
+    c.activation = ACT_SILU;
+    c.attn_sub_norm = c.ffn_sub_norm = c.tie_embeddings = 0;
+    c.qkv_bias = c.o_bias = c.qk_norm = 1;
+    c.act_bits = 0;
+    c.rope_llama3 = 1;
+    c.rope_factor = 8, c.rope_low_freq = 1, c.rope_high_freq = 4, c.rope_original_max = 64;
+  } else if (style == ODD_STYLE) {
+    c.dim = 27, c.layers = 3, c.heads = 3, c.kv_heads = 1, c.head_dim = 10, c.ffn_dim = 37, c.vocab = 19;
+    c.ffn_sub_norm = 0;
+    c.act_bits = 4;
+  }
+  return c;
+}
+
+// A model with random weights, gains around 1 and biases around 0. T = 0: not for training.
+static void open_model_(Model *m, const Config *c, int precision, int B, int T, int recompute, int codes_only) {
+  model_open(m, c, precision);
+  model_init_random(m, 3);
+  for (int i = 0; i < m->table.count; i++) {
+    const Tensor *t = &m->table.tensors[i];
+    if (!(t->flags & (NORM | BIAS))) continue;
+    float *x = (float *)xmalloc(t->n * sizeof(float));
+    for (size_t k = 0; k < t->n; k++) x[k] = (float)((t->flags & NORM ? 1.0 : 0.0) + 0.2 * rng_normal(4, RNG_TEST, (uint64_t)i << 32 | k));
+    dev_copy_in(m->params + t->offset, x, t->n * sizeof(float));
+    free(x);
+  }
+  if (T > 0) model_alloc_training(m, B, T, recompute, codes_only);
+}
+
+// Random tokens in random documents (or one document a row), a tenth of the targets ignored.
+static void random_batch_(Batch *b, int B, int T, int V, int documents) {
+  batch_alloc(b, B, T);
+  random_documents_(b->start, b->pos, B, T);
+  b->n_targets = 0;
+  for (int i = 0; i < B * T; i++) {
+    if (!documents) {
+      b->start[i] = 0;
+      b->pos[i] = i % T;
+    }
+    b->tokens[i] = test_below_(V);
+    b->targets[i] = test_below_(10) == 0 ? -1 : test_below_(V);
+    b->n_targets += b->targets[i] >= 0;
+  }
+}
+
+// Rows b0 .. b0+B-1 of a batch as a batch that shares its memory.
+static Batch batch_rows_(const Batch *b, int b0, int B) {
+  Batch part = *b;
+  size_t at = (size_t)b0 * (size_t)b->T;
+  part.B = B;
+  part.tokens += at;
+  part.targets += at;
+  part.start += at;
+  part.pos += at;
+  return part;
+}
+
+// Loss and gradients (from zero) of a batch at m's lambda; m->losses, m->grads and the buffers keep the rest.
+static double gradients_(Model *m, const Batch *b, float coef) {
+  float *host_coef = (float *)xmalloc((size_t)m->R * sizeof(float));
+  dev_zero(m->grads, m->table.floats * sizeof(float));
+  double loss = batch_loss(m, b, coef, host_coef, 1);
+  free(host_coef);
+  return loss;
+}
+
+static float *read_grads_(const Model *m) {
+  return read_floats_(m->grads, m->table.floats);
+}
+
+// Checks two arenas tensor by tensor; bound 0 = the same bits.
+static void check_arenas_(const char *what, const Model *m, const float *got, const float *want, double bound) {
+  for (int i = 0; i < m->table.count; i++) {
+    const Tensor *t = &m->table.tensors[i];
+    double error = rel_error(got + t->offset, want + t->offset, t->n);
+    if (bound == 0) CHECK(same_bits_(got + t->offset, want + t->offset, t->n * sizeof(float)), "%s: %s differs, relative error %.3g", what, t->name, error);
+    else CHECK(error <= bound, "%s: %s: relative error %.3g, bound %.3g", what, t->name, error, bound);
+  }
+}
+
+// The forms in which whole models are compared.
+static const struct { int style; float lambda; int precision; const char *name; } model_forms_[] = {
+  {BITNET_STYLE, 1, PRECISION_BF16, "bitnet, lambda 1, bf16"}, {BITNET_STYLE, 1, PRECISION_FP32, "bitnet, lambda 1, fp32"},
+  {BITNET_STYLE, 0.3f, PRECISION_BF16, "bitnet, lambda 0.3, bf16"}, {CONVERTED_STYLE, 1, PRECISION_FP32, "converted, lambda 1, fp32"},
+  {CONVERTED_STYLE, 0, PRECISION_BF16, "converted, lambda 0, bf16"}, {ODD_STYLE, 1, PRECISION_BF16, "odd, lambda 1, bf16"},
+  {ODD_STYLE, 0.3f, PRECISION_FP32, "odd, lambda 0.3, fp32"}};
+
+// Two whole steps with 1, 2 and 3 threads: losses, gradients, norm and parameters have the same bits.
+static void test_threads_model(void) {
+  for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
+    Config c = small_config_(model_forms_[f].style);
+    Batch b;
+    random_batch_(&b, 3, 150, c.vocab, 1);
+    float *params[3], *grads[3];
+    double loss[3], norm[3];
+    for (int threads = 1; threads <= 3; threads++) {
+      Model m;
+      set_threads_(threads);
+      open_model_(&m, &c, model_forms_[f].precision, 3, 150, 0, 0);
+      for (int t = 1; t <= 2; t++) {
+        model_quantize(&m, model_forms_[f].lambda);
+        loss[threads - 1] = gradients_(&m, &b, 1.0f / (float)b.n_targets);
+        norm[threads - 1] = grad_norm(&m);
+        adamw_step(&m, 0.5f, 0.01, 0.1, 0.9, 0.95, 1e-8, t);
+      }
+      params[threads - 1] = read_floats_(m.params, m.table.floats);
+      grads[threads - 1] = read_grads_(&m);
+      CHECK(isfinite(loss[threads - 1]) && norm[threads - 1] > 0, "%s: loss %g, norm %g", model_forms_[f].name, loss[threads - 1], norm[threads - 1]);
+      if (threads > 1) {
+        CHECK(loss[threads - 1] == loss[0] && norm[threads - 1] == norm[0], "%s: loss %.17g, %.17g with one thread", model_forms_[f].name, loss[threads - 1], loss[0]);
+        check_arenas_(model_forms_[f].name, &m, grads[threads - 1], grads[0], 0);
+        check_arenas_(model_forms_[f].name, &m, params[threads - 1], params[0], 0);
+      }
+      model_free(&m);
+    }
+    batch_free(&b);
+    end_test_();
+  }
+  set_threads_(0);
+}
+
+static void test_recompute(void) {
+  for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
+    Config c = small_config_(model_forms_[f].style);
+    Batch b;
+    float *grads[2];
+    double loss[2];
+    random_batch_(&b, 2, 35, c.vocab, 1);
+    for (int recompute = 0; recompute < 2; recompute++) {
+      Model m;
+      open_model_(&m, &c, model_forms_[f].precision, 2, 35, recompute, model_forms_[f].lambda == 1);
+      model_quantize(&m, model_forms_[f].lambda);
+      loss[recompute] = gradients_(&m, &b, 0.01f);
+      grads[recompute] = read_grads_(&m);
+      if (recompute) check_arenas_(model_forms_[f].name, &m, grads[1], grads[0], 0);
+      for (int i = 0; i < m.table.count; i++) {   // every tensor takes part
+        const Tensor *t = &m.table.tensors[i];
+        double sum = 0;
+        for (size_t k = 0; k < t->n; k++) sum += fabs((double)grads[recompute][t->offset + k]);
+        CHECK(isfinite(sum) && sum > 0, "%s: the gradient of %s is %g", model_forms_[f].name, t->name, sum);
+      }
+      model_free(&m);
+    }
+    CHECK(loss[0] == loss[1], "%s: loss %.17g, %.17g with recompute", model_forms_[f].name, loss[0], loss[1]);
+    batch_free(&b);
+    end_test_();
+  }
+}
+
+static void test_micro_batches(void) {
+  for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
+    Config c = small_config_(model_forms_[f].style);
+    Model whole, half;
+    Batch b;
+    float coef, host_coef[2 * 35];
+    random_batch_(&b, 4, 35, c.vocab, 1);
+    coef = 1.0f / (float)b.n_targets;
+    open_model_(&whole, &c, model_forms_[f].precision, 4, 35, 0, 0);
+    open_model_(&half, &c, model_forms_[f].precision, 2, 35, 0, 0);
+    model_quantize(&whole, model_forms_[f].lambda);
+    model_quantize(&half, model_forms_[f].lambda);
+    double loss = gradients_(&whole, &b, coef);
+    Batch first = batch_rows_(&b, 0, 2), second = batch_rows_(&b, 2, 2);
+    double loss1 = gradients_(&half, &first, coef), loss2 = batch_loss(&half, &second, coef, host_coef, 1);
+    CHECK(fabs(loss1 + loss2 - loss) <= 1e-14 * loss, "%s: losses %.17g + %.17g, in one batch %.17g", model_forms_[f].name, loss1, loss2, loss);
+    check_arenas_(model_forms_[f].name, &half, read_grads_(&half), read_grads_(&whole), 1e-6);
+    model_free(&whole);
+    model_free(&half);
+    batch_free(&b);
+    end_test_();
+  }
+}
+
+// The classifier in chunks of 7 rows and in one piece: the same losses and gradient of the last hidden state.
+static void test_head_chunks(void) {
+  for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
+    Config c = small_config_(model_forms_[f].style);
+    Model m;
+    Batch b;
+    random_batch_(&b, 2, 35, c.vocab, 0);
+    open_model_(&m, &c, model_forms_[f].precision, 2, 35, 0, 0);
+    model_quantize(&m, model_forms_[f].lambda);
+    size_t n = (size_t)m.R * (size_t)c.dim;
+    CHECK(m.head_rows == m.R, "%d rows of logits at a time for %d rows", m.head_rows, m.R);
+    double loss = gradients_(&m, &b, 0.01f);
+    float *grads = read_grads_(&m), *losses = read_floats_(m.losses, (size_t)m.R), *dfinal[2];
+    for (int chunked = 0; chunked < 2; chunked++) {   // the heads alone: model_backward may use dfinal for something else
+      m.head_rows = chunked ? 7 : m.R;
+      head_cross_entropy(&m, 1);
+      dfinal[chunked] = read_acts_(m.dfinal, n);
+    }
+    CHECK(same_bits_(dfinal[0], dfinal[1], n * sizeof(float)), "%s: dfinal differs", model_forms_[f].name);
+    CHECK(gradients_(&m, &b, 0.01f) == loss, "%s: loss differs", model_forms_[f].name);
+    CHECK(same_bits_(losses, read_floats_(m.losses, (size_t)m.R), (size_t)m.R * sizeof(float)), "%s: losses differ", model_forms_[f].name);
+    check_arenas_(model_forms_[f].name, &m, read_grads_(&m), grads, 1e-6);
+    model_free(&m);
+    batch_free(&b);
+    end_test_();
+  }
+  // A large vocabulary really is cut: 16 MiB of logits.
+  Config c = small_config_(BITNET_STYLE);
+  c.vocab = 1 << 16;
+  CHECK(head_rows_(&c, 1000) * (int)sizeof(floatX) == 256 && head_rows_(&c, 10) == 10, "%d rows", head_rows_(&c, 1000));
+}
+
+// Documents in one row of a batch give the bits that they give alone.
+static void test_packed_documents(void) {
+  static const int lengths[] = {13, 1, 70, 6};
+  for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
+    Config c = small_config_(model_forms_[f].style);
+    size_t C = (size_t)c.dim;
+    Model packed;
+    Batch b;
+    int T = 90, t0 = 0;
+    random_batch_(&b, 1, T, c.vocab, 0);
+    for (size_t d = 0; d < ARRAY_LEN(lengths); t0 += lengths[d++]) {
+      for (int t = 0; t < lengths[d]; t++) {
+        b.start[t0 + t] = t0;
+        b.pos[t0 + t] = t;
+      }
+    }
+    open_model_(&packed, &c, model_forms_[f].precision, 1, T, 0, 0);
+    model_quantize(&packed, model_forms_[f].lambda);
+    gradients_(&packed, &b, 0.01f);
+    float *final = read_acts_(packed.final, (size_t)T * C), *losses = read_floats_(packed.losses, (size_t)T), *want = read_grads_(&packed);
+    float *sum = host_floats_(packed.table.floats);
+    t0 = 0;
+    for (size_t d = 0; d < ARRAY_LEN(lengths); t0 += lengths[d++]) {
+      Model alone;
+      Batch part;
+      int n = lengths[d];
+      random_batch_(&part, 1, n, c.vocab, 0);
+      memcpy(part.tokens, b.tokens + t0, (size_t)n * sizeof(int));
+      memcpy(part.targets, b.targets + t0, (size_t)n * sizeof(int));
+      open_model_(&alone, &c, model_forms_[f].precision, 1, n, 0, 0);
+      model_quantize(&alone, model_forms_[f].lambda);
+      gradients_(&alone, &part, 0.01f);
+      CHECK(same_bits_(read_acts_(alone.final, (size_t)n * C), final + (size_t)t0 * C, (size_t)n * C * sizeof(float)), "%s: document %zu", model_forms_[f].name, d);
+      CHECK(same_bits_(read_floats_(alone.losses, (size_t)n), losses + t0, (size_t)n * sizeof(float)), "%s: losses of document %zu", model_forms_[f].name, d);
+      float *g = read_grads_(&alone);
+      for (size_t i = 0; i < alone.table.floats; i++) sum[i] += g[i];
+      model_free(&alone);
+      batch_free(&part);
+    }
+    check_arenas_(model_forms_[f].name, &packed, sum, want, 1e-6);
+    model_free(&packed);
+    batch_free(&b);
+    end_test_();
+  }
+}
+
+// At lambda = 0 quantisers are exactly not there: act_bits = 8 and act_bits = 0 give the same bits.
+static void test_lambda_zero(void) {
+  for (int style = 0; style < N_STYLES; style++) {
+    Config c = small_config_(style);
+    float *grads[2];
+    double loss[2];
+    Batch b;
+    random_batch_(&b, 2, 35, c.vocab, 1);
+    for (int i = 0; i < 2; i++) {
+      Model m;
+      c.act_bits = i ? 8 : 0;
+      open_model_(&m, &c, PRECISION_FP32, 2, 35, 0, 0);
+      model_quantize(&m, 0);
+      loss[i] = gradients_(&m, &b, 0.01f);
+      grads[i] = read_grads_(&m);
+      if (i) check_arenas_("act_bits 8 and 0", &m, grads[1], grads[0], 0);
+      model_quantize(&m, 1);   // and the quantisers are there at lambda = 1
+      CHECK(gradients_(&m, &b, 0.01f) != loss[i], "style %d: lambda changes nothing", style);
+      model_free(&m);
+    }
+    CHECK(loss[0] == loss[1], "style %d: loss %.17g, %.17g with act_bits = 8", style, loss[0], loss[1]);
+    batch_free(&b);
+    end_test_();
+  }
+}
+
+// One weight that is NaN or infinite, in any tensor, shows in the loss and in the gradient norm.
+static void test_nan_visible(void) {
+  for (int style = 0; style < N_STYLES; style++) {
+    for (int form = 0; form < 4; form++) {
+      Config c = small_config_(style);
+      Model m;
+      Batch b;
+      const float bad = form % 2 ? INFINITY : NAN, lambda = form / 2 ? 1.0f : 0.3f;
+      random_batch_(&b, 1, 20, c.vocab, 0);
+      open_model_(&m, &c, PRECISION_BF16, 1, 20, 0, 0);
+      for (int i = 0; i < m.table.count; i++) {
+        const Tensor *t = &m.table.tensors[i];
+        float old;
+        size_t at = t->offset + (t->flags & EMBED ? (size_t)b.tokens[3] * (size_t)c.dim : 0);   // a row of the table that is used
+        dev_copy_out(&old, m.params + at, sizeof old);
+        dev_copy_in(m.params + at, &bad, sizeof bad);
+        model_quantize(&m, lambda);
+        double loss = gradients_(&m, &b, 0.01f), norm = grad_norm(&m);
+        CHECK(!isfinite(loss), "style %d, lambda %g: %s holds %g and the loss is %g", style, (double)lambda, t->name, (double)bad, loss);
+        CHECK(!isfinite(norm), "style %d, lambda %g: %s holds %g and the norm is %g", style, (double)lambda, t->name, (double)bad, norm);
+        dev_copy_in(m.params + at, &old, sizeof old);
+      }
+      model_free(&m);
+      batch_free(&b);
+      end_test_();
+    }
+  }
+}
+
+/*
+A whole optimizer step asks for no memory. alloc_guard stops every xmalloc and dev_malloc; test_allocations, counted by test_bitnet.c,
+sees calls that go around them.
+*/
+static void test_no_allocation(void) {
+  for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
+    for (int recompute = 0; recompute < 2; recompute++) {
+      Config c = small_config_(model_forms_[f].style);
+      Model m;
+      Batch b;
+      float coef[2 * 35];
+      random_batch_(&b, 2, 35, c.vocab, 1);
+      open_model_(&m, &c, model_forms_[f].precision, 2, 35, recompute, 0);
+      long before = test_allocations;
+      alloc_guard = 1;
+      model_quantize(&m, model_forms_[f].lambda);
+      batch_loss(&m, &b, 0.01f, coef, 1);
+      batch_loss(&m, &b, 0.01f, coef, 1);
+      double norm = grad_norm(&m);
+      adamw_step(&m, 1, 1e-3, 0.1, 0.9, 0.95, 1e-8, 1);
+      alloc_guard = 0;
+      CHECK(test_allocations == before, "%s: %ld allocations inside a step", model_forms_[f].name, test_allocations - before);
+      CHECK(norm > 0, "norm %g", norm);
+      model_free(&m);
+      batch_free(&b);
+    }
+  }
+  long before = test_allocations;   // the counter counts
+  free(xmalloc(1));
+  dev_free(dev_malloc(1));
+  CHECK(test_allocations > before, "test_allocations does not count");
+  end_test_();
+}
+
+// The table of memory that is printed before a run is what the run then takes.
+static void test_memory_forecast(void) {
+  for (int style = 0; style < N_STYLES; style++) {
+    for (int form = 0; form < 4; form++) {
+      Config c = small_config_(style);
+      Model m;
+      int recompute = form % 2, codes_only = form / 2;
+      Memory forecast = model_memory(&c, 2, 35, recompute, codes_only);
+      size_t before = test_device_bytes;
+      model_open(&m, &c, PRECISION_FP32);
+      model_reserve_scratch(&c, 70);
+      reserve_scratch_();   // larger than any of these models needs: no scratch is allocated below
+      size_t scratch = test_device_bytes - before;
+      model_free(&m);
+      before = test_device_bytes;
+      model_open(&m, &c, PRECISION_FP32);
+      model_alloc_training(&m, 2, 35, recompute, codes_only);
+      size_t taken = test_device_bytes - before, want = forecast.total - forecast.scratch;
+      CHECK(taken >= want && taken <= want + 64 * 8, "style %d, form %d: %zu bytes taken, %zu forecast", style, form, taken, want);
+      CHECK(forecast.total == forecast.parameters + forecast.gradients + forecast.optimizer + forecast.weights + forecast.activations + forecast.scratch, "sum");
+      (void)scratch;
+      model_free(&m);
+    }
+  }
+}
+
+#define OPS_TESTS                                                                                                    \
+  {"quant_weights", "absmean codes: ties, floor, NaN, scale of each matrix", test_quant_weights},                     \
+  {"quant_activations", "absmax codes: ties, clamping, floor, 4 bits, lambda, NaN", test_quant_activations}
+
+#endif

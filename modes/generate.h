@@ -1,0 +1,95 @@
+/*
+generate.h: the mode that continues a text, and what the modes that only run a model share.
+
+What it is:  ./train_bitnet generate DIR prompt="12+34=" n=64 temperature=0.8 count=3
+             The text goes to stdout, everything else to stderr; count texts are sampled side by side.
+Read before: bitnet/infer.h, bitnet/checkpoint.h.
+Defines:     Speaker (a model with its tokenizer, ready to continue texts), speaker_open, speaker_close; mode_generate.
+*/
+#ifndef MODE_GENERATE_H
+#define MODE_GENERATE_H
+
+#include "../bitnet/checkpoint.h"
+#include "../bitnet/infer.h"
+
+typedef struct {
+  Model m;
+  Tokenizer tok;
+  Sampler sampler;
+} Speaker;
+
+UNUSED static Sampler sampler_from_options(const Options *o) {
+  Sampler s;
+  s.temperature = o->temperature;
+  s.top_k = o->top_k;
+  s.top_p = o->top_p;
+  s.seed = (uint64_t)o->seed;
+  return s;
+}
+
+// Loads o->dir with its tokenizer and quantises it at lambda.
+UNUSED static void speaker_open(Speaker *s, const Options *o, float lambda) {
+  char dir[4096];
+  checkpoint_path(dir, sizeof dir, o->dir);
+  model_load(&s->m, dir, o->precision);
+  tokenizer_load(&s->tok, dir);
+  if (s->tok.vocab_size > s->m.c.vocab)
+    die(EXIT_DAMAGED, "%s: tokenizer.json has %d tokens, the model only %d", dir, s->tok.vocab_size, s->m.c.vocab);
+  model_quantize(&s->m, lambda);
+  s->sampler = sampler_from_options(o);
+}
+
+UNUSED static void speaker_close(Speaker *s) {
+  model_free(&s->m);
+  tokenizer_free(&s->tok);
+}
+
+// The ids of a text as a prompt: a text of no tokens starts with <s> if there is one. Caller frees; *n >= 1.
+UNUSED static int *prompt_ids(const Tokenizer *t, const char *text, int *n) {
+  size_t count = tokenizer_encode(t, text, strlen(text), NULL, 0);
+  int *ids = (int *)xmalloc((count + 1) * sizeof(int));
+  tokenizer_encode(t, text, strlen(text), ids, count);
+  if (count == 0) {
+    if (t->bos_id < 0 && t->eos_id < 0) die(EXIT_USAGE, "an empty prompt, and the tokenizer has no token to start from");
+    ids[count++] = t->bos_id >= 0 ? t->bos_id : t->eos_id;
+  }
+  *n = (int)count;
+  return ids;
+}
+
+UNUSED static void mode_generate(Options *o) {
+  Speaker s;
+  Session session;
+  int n_ids, count = o->count;
+  speaker_open(&s, o, (float)o->lambda);
+  int *ids = prompt_ids(&s.tok, o->prompt, &n_ids);
+  if (n_ids >= s.m.c.max_seq) die(EXIT_USAGE, "the prompt has %d tokens, the model's context only max_seq=%d", n_ids, s.m.c.max_seq);
+  int capacity = n_ids + o->n < s.m.c.max_seq ? n_ids + o->n : s.m.c.max_seq;
+  session_open(&session, &s.m, count, capacity, count > 256 ? count : 256, o->lambda == 1 && s.m.c.act_bits > 0);
+  Prompt *prompts = (Prompt *)xcalloc((size_t)count, sizeof(Prompt));
+  for (int i = 0; i < count; i++) {
+    prompts[i].ids = ids;
+    prompts[i].n_ids = n_ids;
+    prompts[i].number = (uint64_t)i;
+    prompts[i].out = (int *)xcalloc((size_t)o->n, sizeof(int));
+  }
+  double t0 = time_now();
+  generate(&session, &s.sampler, prompts, count, o->n, s.tok.eos_id, s.tok.vocab_size, NULL, NULL);
+  double seconds = time_now() - t0;
+  size_t tokens = 0;
+  for (int i = 0; i < count; i++) {
+    StrBuf text = {NULL, 0, 0};
+    tokenizer_decode(&s.tok, prompts[i].out, (size_t)prompts[i].n_out, &text);
+    printf("%s%s\n", o->prompt, text.data);
+    tokens += (size_t)prompts[i].n_out;
+    strbuf_free(&text);
+    free(prompts[i].out);
+  }
+  fprintf(stderr, "%zu tokens in %.3f s, %.0f tok/s\n", tokens, seconds, (double)tokens / seconds);
+  free(prompts);
+  free(ids);
+  session_free(&session);
+  speaker_close(&s);
+}
+
+#endif

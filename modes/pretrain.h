@@ -1,0 +1,214 @@
+/*
+pretrain.h: training on next tokens, from random weights or from a model directory. The default mode.
+
+What it is:  turns options into a model, data and hooks, and hands them to the loop.
+Read before: bitnet/options.h, bitnet/trainer.h, dataloader.h, modes/eval.h.
+Defines:     mode_pretrain.
+*/
+#ifndef MODE_PRETRAIN_H
+#define MODE_PRETRAIN_H
+
+#include "../bitnet/trainer.h"
+#include "eval.h"
+
+typedef struct {
+  DataLoader loader;
+  Evaluation eval;
+  const Options *o;
+} Pretrain;
+
+static void pretrain_batch_(void *ctx, uint64_t index, Batch *b) {
+  loader_batch(&((const Pretrain *)ctx)->loader, index, b);
+}
+
+static void pretrain_evaluate_(void *ctx, Model *m, Metrics *out) {
+  evaluation_run(&((Pretrain *)ctx)->eval, m, out);
+}
+
+static void pretrain_sample_(void *ctx, Model *m, StrBuf *out) {
+  evaluation_samples(&((Pretrain *)ctx)->eval, m, out);
+}
+
+// What the run was trained on, for the manifest.
+static void pretrain_describe_(void *ctx, StrBuf *b) {
+  const Pretrain *p = (const Pretrain *)ctx;
+  if (is_arithmetic(p->o)) {
+    strbuf_printf(b, ",\n\"data\": {\"problems\": %llu, \"heldout_evaluated\": %zu}", (unsigned long long)p->loader.arith.n_problems, p->eval.n_problems);
+    return;
+  }
+  strbuf_printf(b, ",\n\"data\": [");
+  for (size_t i = 0; i < p->loader.n_shards; i++) {
+    const Shard *s = &p->loader.shards[i];
+    strbuf_printf(b, "%s\n  {\"path\": ", i ? "," : "");
+    json_put_string(b, s->path, strlen(s->path));
+    strbuf_printf(b, ", \"tokens\": %llu, \"crc32\": \"%08x\"}", (unsigned long long)s->n_tokens, shard_word_(s, 6));
+  }
+  strbuf_printf(b, "\n]");
+}
+
+/*
+The tokenizer of the run. Arithmetic brings its own; shards have it in the directory tokenizer=, in init=, or beside them. Returns 0 if there
+is none: then vocab= must be given, and there are no samples.
+*/
+static int pretrain_tokenizer_(Tokenizer *tok, const Options *o) {
+  char dir[4096], path[4096];
+  if (o->init[0]) checkpoint_path(dir, sizeof dir, o->init);
+  else if (o->tokenizer[0]) snprintf(dir, sizeof dir, "%s", o->tokenizer);
+  else if (is_arithmetic(o)) {
+    tokenizer_arithmetic(tok);
+    return 1;
+  } else {
+    const char *slash = strrchr(o->data, '/');
+    snprintf(dir, sizeof dir, "%.*s", slash ? (int)(slash - o->data) : 1, slash ? o->data : ".");
+  }
+  path_join(path, sizeof path, dir, "tokenizer.json");
+  if (!is_file(path) && !o->tokenizer[0]) return 0;
+  tokenizer_load(tok, dir);
+  return 1;
+}
+
+// Fills in the options whose default depends on others, so that the run folder shows what was used.
+static void pretrain_resolve_(Options *o, const Tokenizer *tok) {
+  if (is_arithmetic(o)) {
+    Arithmetic a;
+    arithmetic_from_options(&a, o);
+    if (o->seq_len == 0) o->seq_len = arith_max_tokens(&a) - 1;
+  } else if (o->data[0] == 0) {
+    die(EXIT_USAGE, "preset %s needs data: data=arithmetic, or token shards such as data=data/train_*.bin (see prepro/)", o->preset);
+  }
+  if (o->seq_len == 0) o->seq_len = 256;
+  if (o->vocab == 0) {
+    if (tok == NULL) die(EXIT_USAGE, "no tokenizer.json beside %s; give its directory with tokenizer=DIR, or the size with vocab=N", o->data);
+    o->vocab = tok->vocab_padded;
+  }
+  if (tok && o->vocab < tok->vocab_size) die(EXIT_USAGE, "vocab=%d is smaller than the tokenizer's %d tokens", o->vocab, tok->vocab_size);
+}
+
+static void pretrain_put_memory_(FILE *f, const Memory *m) {
+  const char *names[] = {"parameters", "gradients", "optimizer", "weights", "activations", "scratch", "total"};
+  const size_t bytes[] = {m->parameters, m->gradients, m->optimizer, m->weights, m->activations, m->scratch, m->total};
+  fprintf(f, "memory, MB\n");
+  for (size_t i = 0; i < ARRAY_LEN(names); i++) fprintf(f, "  %-12s %10.1f\n", names[i], (double)bytes[i] / 1e6);
+}
+
+/*
+Says, before anything large is allocated, whether the run fits and if not, what would make it fit. fatal: exit if it does not.
+*/
+static void pretrain_check_memory_(const Options *o, const Config *c, int codes_only, int fatal) {
+  Memory need = model_memory(c, o->batch_size, o->seq_len, o->recompute, codes_only);
+  size_t there = dev_memory_free();
+  char hint[256] = "a smaller model is needed";
+  if (there == 0 || need.total <= there) return;
+  if (!o->recompute && model_memory(c, o->batch_size, o->seq_len, 1, codes_only).total <= there) {
+    snprintf(hint, sizeof hint, "recompute=1 makes it fit");
+  } else {
+    for (int rows = o->batch_size / 2, accum = 2 * o->grad_accum; rows >= 1; rows /= 2, accum *= 2) {
+      if (model_memory(c, rows, o->seq_len, 1, codes_only).total > there) continue;
+      snprintf(hint, sizeof hint, "recompute=1 batch_size=%d grad_accum=%d makes it fit", rows, accum);
+      break;
+    }
+  }
+  if (fatal) die(EXIT_FAILED, "the run needs %.1f MB, %.1f MB are free; %s", (double)need.total / 1e6, (double)there / 1e6, hint);
+  printf("does not fit: %.1f MB are free; %s\n", (double)there / 1e6, hint);
+}
+
+static void pretrain_dry_run_(const Options *o, const Config *c, int codes_only) {
+  StrBuf b = {NULL, 0, 0};
+  Memory need = model_memory(c, o->batch_size, o->seq_len, o->recompute, codes_only);
+  TensorTable table;
+  tensor_table(&table, c);
+  options_put_json(&b, o, STORED_GROUPS);
+  printf("%s", b.data);
+  printf("parameters: %zu in %d tensors\n", tensor_table_params(&table), table.count);
+  printf("tokens: %lld per update, %lld in the whole run\n", (long long)o->batch_size * o->seq_len * o->grad_accum,
+         (long long)o->batch_size * o->seq_len * o->grad_accum * o->steps);
+  pretrain_put_memory_(stdout, &need);
+  pretrain_check_memory_(o, c, codes_only, 0);
+  tensor_table_free(&table);
+  strbuf_free(&b);
+}
+
+// The head of the progress output: what is trained on what.
+static void pretrain_introduce_(const Pretrain *p, const Model *m, const char *run) {
+  const Config *c = &m->c;
+  const Options *o = p->o;
+  fprintf(stderr, "device  %s\n", dev_name());
+  fprintf(stderr, "model   %.2fM parameters: dim %d, %d layers, %d heads (%d key/value), FFN %d, vocabulary %d, context %d\n",
+          (double)tensor_table_params(&m->table) / 1e6, c->dim, c->layers, c->heads, c->kv_heads, c->ffn_dim, c->vocab, c->max_seq);
+  if (is_arithmetic(o)) {
+    const Arithmetic *a = &p->loader.arith;
+    fprintf(stderr, "data    arithmetic: operations %s, operands %d to %d", a->ops, a->min, a->max);
+    if (strchr(a->ops, '*')) fprintf(stderr, " (of * 0 to %d)", a->mul_max);
+    fprintf(stderr, "; %llu problems, %.0f%% of them held out, %zu of those evaluated\n", (unsigned long long)a->n_problems, 100 * a->holdout, p->eval.n_problems);
+  } else {
+    fprintf(stderr, "data    %s: %zu files, %.2fM tokens\n", o->data, p->loader.n_shards, (double)p->loader.n_tokens / 1e6);
+  }
+  fprintf(stderr, "batch   %d x %d tokens x %d, %d steps\n", o->batch_size, o->seq_len, o->grad_accum, o->steps);
+  fprintf(stderr, "run     %s\n", run);
+}
+
+UNUSED static void mode_pretrain(Options *o) {
+  Model m;
+  Tokenizer tok;
+  Pretrain p;
+  Trainer t;
+  Hooks hooks;
+  Config c;
+  char from[4096] = "";   // the directory whose parameters we start with
+  if (o->resume[0] && o->init[0]) die(EXIT_USAGE, "resume= goes on with a run, init= starts a new one from a model; give one of them");
+  if (o->resume[0]) {
+    checkpoint_path(from, sizeof from, o->resume);
+    checkpoint_resume_options(o, from);
+  } else if (o->init[0]) {
+    checkpoint_path(from, sizeof from, o->init);
+  }
+  int has_tok = pretrain_tokenizer_(&tok, o);
+  if (from[0]) {
+    config_read(&c, from);
+    if (!o->resume[0]) config_to_options(o, &c);
+  }
+  pretrain_resolve_(o, has_tok ? &tok : NULL);
+  if (!from[0]) config_from_options(&c, o);
+  // Activations are stored as codes when every forward pass, those of evaluation included, runs at lambda = 1.
+  int codes_only = c.act_bits > 0 && (o->lambda_schedule == LAMBDA_NONE || (o->lambda_schedule == LAMBDA_WARMUP && lambda_ramp_steps(o) == 0));
+  if (o->dry_run) {
+    pretrain_dry_run_(o, &c, codes_only);
+  } else {
+    pretrain_check_memory_(o, &c, codes_only, 1);
+    if (from[0]) {
+      model_load(&m, from, o->precision);
+    } else {
+      model_open(&m, &c, o->precision);
+      model_init_random(&m, (uint64_t)o->seed);
+    }
+    model_alloc_training(&m, o->batch_size, o->seq_len, o->recompute, codes_only);
+    memset(&p, 0, sizeof p);
+    p.o = o;
+    if (is_arithmetic(o)) {
+      Arithmetic a;
+      arithmetic_from_options(&a, o);
+      loader_open_arithmetic(&p.loader, &a, &tok, (uint64_t)o->seed);
+    } else {
+      loader_open_shards(&p.loader, o->data, c.vocab, has_tok ? tok.eos_id : -1, (uint64_t)o->seed, 1);
+      if (has_tok) loader_check_tokenizer(&p.loader, &tok);
+      loader_blocks(&p.loader, o->seq_len);
+    }
+    evaluation_open(&p.eval, o, &m, has_tok ? &tok : NULL, o->val_data, codes_only);
+    memset(&hooks, 0, sizeof hooks);
+    hooks.ctx = &p;
+    hooks.batch = pretrain_batch_;
+    hooks.evaluate = pretrain_evaluate_;
+    hooks.sample = pretrain_sample_;
+    hooks.describe = pretrain_describe_;
+    trainer_open(&t, o, &hooks, &m, has_tok ? &tok : NULL);
+    pretrain_introduce_(&p, &m, t.run);
+    trainer_train(&t);
+    trainer_close(&t);
+    evaluation_close(&p.eval);
+    loader_free(&p.loader);
+    model_free(&m);
+  }
+  if (has_tok) tokenizer_free(&tok);
+}
+
+#endif
