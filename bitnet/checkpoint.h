@@ -6,7 +6,7 @@ What it is:  Config from and to config.json, parameters from and to model.safete
 What not:    the format of the files (safetensors.h, json.h); no packed weights and no GGUF.
 Read before: bitnet/model.h, bitnet/safetensors.h, bitnet/options.h, tokenizer.h.
 Defines:     config_from_options, config_to_options, config_read, config_put_json; checkpoint_path, checkpoint_run, checkpoint_options,
-             checkpoint_resume_options, checkpoint_save; model_load; State, state_load.
+             checkpoint_resume_options, checkpoint_save; model_load, checkpoint_tokenizer; State, state_load.
 
     RUN/checkpoints/step_000400/     config.json  generation_config.json  model.safetensors (float32 master weights)
                                      tokenizer.json  tokenizer_config.json  training_state.safetensors
@@ -423,6 +423,40 @@ UNUSED static void model_load(Model *m, const char *dir, int precision) {
   }
   free(host);
   st_set_close(&set);
+}
+
+/*
+The tokenizer of a model directory. If we wrote the directory, config.json knows the hash of the vocabulary and the special ids, and a
+tokenizer that differs is refused: it would encode silently wrong.
+*/
+UNUSED static void checkpoint_tokenizer(Tokenizer *t, const char *dir) {
+  char path[4096], err[256], hash[32];
+  size_t len;
+  JsonDoc doc;
+  tokenizer_load(t, dir);
+  path_join(path, sizeof path, dir, "config.json");
+  char *text = read_file(path, &len);
+  if (text == NULL) return;
+  if (!json_parse(&doc, text, len, err, sizeof err)) die(EXIT_DAMAGED, "%s: %s", path, err);
+  const Json *own = json_get(doc.root, "bitnet_c");
+  const char *expected = own ? json_get_string(own, "tokenizer_hash", "") : "";
+  if (expected[0]) {
+    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)tokenizer_hash(t));
+    if (strcmp(hash, expected) != 0)
+      die(EXIT_DAMAGED, "%s/tokenizer.json: expected the vocabulary with hash %s that config.json names, found %s; the file is damaged or of another model", dir,
+          expected, hash);
+    const char *names[] = {"bos_token_id", "eos_token_id", "pad_token_id"};
+    int ids[] = {t->bos_id, t->eos_id, t->pad_id};
+    for (int i = 0; i < 3; i++) {
+      int want = config_int_(path, doc.root, names[i], -1);
+      if (want != ids[i]) die(EXIT_DAMAGED, "%s/tokenizer_config.json: %s: expected %d as config.json says, found %d", dir, names[i], want, ids[i]);
+    }
+  }
+  int vocab = config_int_(path, doc.root, "vocab_size", INT_MAX);
+  if (t->vocab_size > vocab) die(EXIT_DAMAGED, "%s: tokenizer.json has %d tokens, the model only %d", dir, t->vocab_size, vocab);
+  t->vocab_padded = vocab;
+  json_free(&doc);
+  free(text);
 }
 
 // ---------------------------------------------------------------------------------------------------------

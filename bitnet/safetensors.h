@@ -629,11 +629,15 @@ typedef struct {
   uint32_t crc;
 } StPlan_;
 
+UNUSED static int st_by_entry_name_(const void *a, const void *b) {
+  return strcmp(((const StPlan_ *)a)->e->name, ((const StPlan_ *)b)->e->name);
+}
+
 // Larger elements first, so that with a header padded to 8 bytes every tensor is aligned; then by name.
 UNUSED static int st_by_plan_(const void *a, const void *b) {
   const StPlan_ *x = (const StPlan_ *)a, *y = (const StPlan_ *)b;
   size_t sx = st_dtype_size(x->e->dtype), sy = st_dtype_size(y->e->dtype);
-  return sx != sy ? (sx < sy ? 1 : -1) : strcmp(x->e->name, y->e->name);
+  return sx != sy ? (sx < sy ? 1 : -1) : st_by_entry_name_(a, b);
 }
 
 // 1 if all of s is UTF-8.
@@ -660,14 +664,17 @@ UNUSED static void st_plan_(const char *path, StPlan_ *plan, const StEntry *entr
     for (int k = 0; k < e->ndim; k++) plan[i].n = size_mul(plan[i].n, e->shape[k]);
     plan[i].bytes = size_mul(plan[i].n, st_dtype_size(e->dtype));
   }
+  qsort(plan, n, sizeof *plan, st_by_entry_name_);
+  for (size_t i = 1; i < n; i++) {
+    if (strcmp(plan[i].e->name, plan[i - 1].e->name) == 0)
+      die(EXIT_FAILED, "bug: %s: tensor %s is written twice", path, plan[i].e->name);
+  }
   qsort(plan, n, sizeof *plan, st_by_plan_);
   size_t at = 0;
   for (size_t i = 0; i < n; i++) {
     plan[i].begin = at;
     if (plan[i].bytes > SIZE_MAX - at) die(EXIT_USAGE, "%s: size overflow", path);
     at += plan[i].bytes;
-    if (i > 0 && strcmp(plan[i].e->name, plan[i - 1].e->name) == 0)
-      die(EXIT_FAILED, "bug: %s: tensor %s is written twice", path, plan[i].e->name);
   }
 }
 

@@ -66,8 +66,8 @@ typedef struct {
   int skips;                     // updates skipped in a row
   Metrics last;                  // of the last evaluation
   double began, window_began;    // time_now
-  double first_loss;
-  int64_t window_steps;          // steps since window_began, for tok/s
+  int64_t window_steps;          // steps since window_began
+  int line_open;                 // the cursor stands behind a progress line that will be redrawn
 } Trainer;
 
 // ---------------------------------------------------------------------------------------------------------
@@ -335,16 +335,23 @@ static void put_duration_(char *out, size_t cap, double seconds) {
   else snprintf(out, cap, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
 }
 
+// Ends a progress line, so that what comes next stands below it.
+static void end_line_(Trainer *t) {
+  if (t->line_open) fputc('\n', stderr);
+  t->line_open = 0;
+}
+
 // One aligned line a step; on a terminal it is drawn over the one before.
 static void show_progress_(Trainer *t, const StepReport *r) {
-  int tty = isatty(2), last = t->state.step >= t->o->steps;
+  int tty = isatty(2);
   char eta[32];
   t->window_steps++;
   double per_step = (time_now() - t->window_began) / (double)t->window_steps;
   put_duration_(eta, sizeof eta, per_step * (double)(t->o->steps - t->state.step));
   fprintf(stderr, "%sstep %*lld/%d  loss %8.4f  lambda %.3f  lr %.2e  norm %7.3f  %6.0f ms  %7.0f tok/s  ETA %-8s%s%s", tty ? "\r" : "",
           snprintf(NULL, 0, "%d", t->o->steps), (long long)t->state.step, t->o->steps, r->loss, r->lambda, r->lr, r->grad_norm, r->seconds * 1e3,
-          (double)r->tokens / r->seconds, eta, r->skipped ? "  SKIPPED: not finite" : "", tty && !last ? "" : "\n");
+          (double)r->tokens / r->seconds, eta, r->skipped ? "  SKIPPED: not finite" : "", tty ? "" : "\n");
+  t->line_open = tty;
   if (t->window_steps >= 50) {   // the ETA follows the last steps, not the whole run
     t->window_began = time_now();
     t->window_steps = 0;
@@ -389,7 +396,8 @@ static void evaluate_and_log_(Trainer *t) {
   }
   strbuf_printf(&b, "}\n");
   run_log_(t, &b);
-  fprintf(stderr, "%sevaluation at step %lld, lambda = 1: val_loss %.4f", isatty(2) ? "\n" : "", (long long)t->state.step, t->last.val_loss);
+  end_line_(t);
+  fprintf(stderr, "evaluation at step %lld, lambda = 1: val_loss %.4f", (long long)t->state.step, t->last.val_loss);
   if (!isnan(t->last.exact_match)) fprintf(stderr, ", exact_match %.4f", t->last.exact_match);
   fprintf(stderr, "\n");
   strbuf_free(&b);
@@ -433,6 +441,7 @@ UNUSED static void trainer_train(Trainer *t) {
     if (r.skipped || step % o->log_every == 0 || step == o->steps) log_step_(t, &r);
     t->skips = r.skipped ? t->skips + 1 : 0;
     if (t->skips >= o->max_skips) {
+      end_line_(t);
       run_manifest_(t, "failed");
       die(EXIT_FAILED, "step %lld: %d updates in a row were not finite (loss %g, gradient norm %g, lr %g); a lower lr or smaller grad_clip "
           "usually helps; the last checkpoint is intact in %s", (long long)step, t->skips, r.loss, r.grad_norm, r.lr, t->run);
@@ -448,7 +457,8 @@ UNUSED static void trainer_train(Trainer *t) {
     }
   }
   int finished = t->state.step >= o->steps, interrupted = stop_requested;
-  if (t->state.step < end) fprintf(stderr, "%sstopping after step %lld\n", isatty(2) ? "\n" : "", (long long)t->state.step);
+  end_line_(t);
+  if (t->state.step < end) fprintf(stderr, "stopping after step %lld\n", (long long)t->state.step);
   if (saved != t->state.step) checkpoint_save(t->m, t->tok, o, &t->state, t->run);
   if (finished && !interrupted) {
     if (evaluated != t->state.step) evaluate_and_log_(t);

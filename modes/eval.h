@@ -124,7 +124,7 @@ UNUSED static void evaluation_run(void *ctx, Model *m, Metrics *out) {
       targets += (double)e->batch.n_targets;
     }
     for (size_t i = 0; i < e->n_problems; i += EVAL_SEQUENCES) {
-      size_t n = e->n_problems - i < EVAL_SEQUENCES ? e->n_problems - i : EVAL_SEQUENCES;
+      size_t n = e->n_problems - i < EVAL_SEQUENCES ? e->n_problems - i : (size_t)EVAL_SEQUENCES;
       evaluation_answer_(e, i, n);
       for (size_t k = 0; k < n; k++) right += (size_t)evaluation_right_(e, i, k);
     }
@@ -177,7 +177,7 @@ UNUSED static void evaluation_samples(void *ctx, Model *m, StrBuf *b) {
     if (e->tok) evaluation_texts_(e, m, b);
     return;
   }
-  size_t n = e->n_problems < EVAL_SAMPLES ? e->n_problems : EVAL_SAMPLES;
+  size_t n = e->n_problems < EVAL_SAMPLES ? e->n_problems : (size_t)EVAL_SAMPLES;
   evaluation_answer_(e, 0, n);
   for (size_t i = 0; i < n; i++) {
     arith_text(&e->loader.arith, e->problems[i], prompt, answer);
@@ -198,7 +198,7 @@ UNUSED static void mode_eval(Options *o) {
   checkpoint_path(dir, sizeof dir, o->dir);
   checkpoint_options(o, dir);
   model_load(&m, dir, o->precision);
-  tokenizer_load(&tok, dir);
+  checkpoint_tokenizer(&tok, dir);
   model_quantize(&m, (float)o->lambda);
   int T = o->seq_len > 0 && o->seq_len < m.c.max_seq ? o->seq_len : m.c.max_seq;
   model_alloc_batch(&m, is_arithmetic(o) ? 128 : 8, T, 1, o->lambda == 1 && m.c.act_bits > 0);

@@ -32,9 +32,7 @@ UNUSED static void speaker_open(Speaker *s, const Options *o, float lambda) {
   char dir[4096];
   checkpoint_path(dir, sizeof dir, o->dir);
   model_load(&s->m, dir, o->precision);
-  tokenizer_load(&s->tok, dir);
-  if (s->tok.vocab_size > s->m.c.vocab)
-    die(EXIT_DAMAGED, "%s: tokenizer.json has %d tokens, the model only %d", dir, s->tok.vocab_size, s->m.c.vocab);
+  checkpoint_tokenizer(&s->tok, dir);
   model_quantize(&s->m, lambda);
   s->sampler = sampler_from_options(o);
 }

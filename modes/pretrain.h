@@ -47,13 +47,17 @@ static void pretrain_describe_(void *ctx, StrBuf *b) {
 }
 
 /*
-The tokenizer of the run. Arithmetic brings its own; shards have it in the directory tokenizer=, in init=, or beside them. Returns 0 if there
-is none: then vocab= must be given, and there are no samples.
+The tokenizer of the run. A run that starts from a model (from, or "") uses the model's; arithmetic brings its own; shards have it in the
+directory tokenizer=, or beside them. Returns 0 if there is none: then vocab= must be given, and there are no samples.
 */
-static int pretrain_tokenizer_(Tokenizer *tok, const Options *o) {
+static int pretrain_tokenizer_(Tokenizer *tok, const Options *o, const char *from) {
   char dir[4096], path[4096];
-  if (o->init[0]) checkpoint_path(dir, sizeof dir, o->init);
-  else if (o->tokenizer[0]) snprintf(dir, sizeof dir, "%s", o->tokenizer);
+  if (from[0]) {
+    path_join(path, sizeof path, from, "tokenizer.json");
+    if (is_file(path)) checkpoint_tokenizer(tok, from);
+    return is_file(path);
+  }
+  if (o->tokenizer[0]) snprintf(dir, sizeof dir, "%s", o->tokenizer);
   else if (is_arithmetic(o)) {
     tokenizer_arithmetic(tok);
     return 1;
@@ -162,7 +166,7 @@ UNUSED static void mode_pretrain(Options *o) {
   } else if (o->init[0]) {
     checkpoint_path(from, sizeof from, o->init);
   }
-  int has_tok = pretrain_tokenizer_(&tok, o);
+  int has_tok = pretrain_tokenizer_(&tok, o, from);
   if (from[0]) {
     config_read(&c, from);
     if (!o->resume[0]) config_to_options(o, &c);
@@ -194,6 +198,7 @@ UNUSED static void mode_pretrain(Options *o) {
       loader_blocks(&p.loader, o->seq_len);
     }
     evaluation_open(&p.eval, o, &m, has_tok ? &tok : NULL, o->val_data, codes_only);
+    loader_batch(&p.loader, 0, &p.eval.batch);   // finds what does not fit before there is a run folder
     memset(&hooks, 0, sizeof hooks);
     hooks.ctx = &p;
     hooks.batch = pretrain_batch_;

@@ -320,7 +320,7 @@ static void test_arithmetic_holdout(void) {
   CHECK(twins[0] > 100 && twins[1] > 4 && parted > 100, "%d sums, %d products, %d differences", twins[0], twins[1], parted);
 
   // The evaluation set of a default-like run, pinned: if this changes, results of older runs can no longer be compared.
-  static const char *const pinned[] = {"24+13=37", "9-7=2", "24+91=115", "53-51=2"};
+  static const char *const pinned[] = {"9-7=2", "24+91=115", "53-51=2", "67+56=123"};
   uint64_t list[4];
   arith_init(&a, "+-*", 0, 99, 12, 0.1);
   CHECK(arith_heldout(&a, list, 4) == 4, "fewer than 4 problems held out");

@@ -725,10 +725,10 @@ static double ref_bound_(const RefBound *bounds, size_t n, const char *name) {
 
 // Gradients are sums over all rows behind up to two layers of them, and the loss is a mean of logarithms of sums.
 static const RefBound model_bounds_[] = {
-  {"logits", 2e-6}, {"loss", 1e-6},
-  {"embed_tokens.weight", 5e-6}, {"lm_head.weight", 5e-6}, {"q_proj.weight", 1e-5}, {"k_proj.weight", 1e-5}, {"v_proj.weight", 5e-6},
-  {"o_proj.weight", 5e-6}, {"gate_proj.weight", 5e-6}, {"up_proj.weight", 5e-6}, {"down_proj.weight", 5e-6},
-  {"norm.weight", 5e-6}, {"bias", 1e-5}};
+  {"logits", 5e-6}, {"loss", 1e-6},
+  {"embed_tokens.weight", 1e-5}, {"lm_head.weight", 5e-6}, {"q_proj.weight", 1e-5}, {"k_proj.weight", 1e-5}, {"v_proj.weight", 1e-5},
+  {"o_proj.weight", 1e-5}, {"gate_proj.weight", 1e-5}, {"up_proj.weight", 1e-5}, {"down_proj.weight", 1e-5},
+  {"norm.weight", 1e-5}, {"bias", 1e-5}};
 
 // Logits, loss and all gradients at one lambda.
 static void check_model_(const char *name, const char *label, float lambda, int recompute) {
