@@ -1,7 +1,7 @@
 """
 hf_check.py: does transformers load a checkpoint as it lies, and does it compute the same logits?
 
-What it is:  opens a model directory with AutoModelForCausalLM and AutoTokenizer, without any code of ours, runs the same token ids through
+What it is:  opens a model directory with AutoTokenizer and AutoModelForCausalLM, without any code of ours, runs the same token ids through
              it and through `train_bitnet logits`, and compares the two at lambda = 1 (transformers' own online quantisation, or packed
              weights) and at lambda = 0 (the float master weights, quantisation taken out of the config).
 What not:    no test of training; prepro/reference.py compares gradients.
@@ -21,12 +21,16 @@ import argparse
 import os
 import subprocess
 import sys
+import warnings
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"   # transformers compiles its quantisers; plain functions give the same numbers at once
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
+
+warnings.filterwarnings("ignore", category=FutureWarning)   # about spellings that older versions of transformers need
 
 FLOAT_BOUND, QUANTISED_BOUND, KL_BOUND, NEAR_TIE = 1e-5, 2e-2, 1e-3, 1e-3
 
@@ -100,10 +104,16 @@ def check_model(args, lam):
 
 
 def check_tokenizer(args):
+    """AutoTokenizer must cut texts as tokenizer.json itself says: for some model types it puts another pre-tokenizer in its place."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.dir)
     config = transformers.AutoConfig.from_pretrained(args.dir)
-    ok = 0 < len(tokenizer) <= config.vocab_size
-    return ["-", "-", "-", "-"], ok, f"{type(tokenizer).__name__}, {len(tokenizer)} tokens, the model has {config.vocab_size}"
+    own = tokenizers.Tokenizer.from_file(os.path.join(args.dir, "tokenizer.json"))
+    texts = ("12+34=46", "  It's 2024,  don't\n\n\tpanic!!", "na\u00efve \u20ac5 \u4f60\u597d \U0001F600", "x1234567y  ", "I'LL we've")
+    different = [t for t in texts if tokenizer(t, add_special_tokens=False)["input_ids"] != own.encode(t, add_special_tokens=False).ids]
+    note = f"{type(tokenizer).__name__}, {len(tokenizer)} tokens, the model has {config.vocab_size}"
+    if different:
+        note += f"; {len(different)} of {len(texts)} texts are not cut as tokenizer.json says, such as {different[0]!r}"
+    return ["-", "-", "-", "-"], 0 < len(tokenizer) <= config.vocab_size and not different, note
 
 
 def main():

@@ -1,8 +1,9 @@
 /*
 logits.h: the logits of given token ids, the hand tool for comparing this program with any other.
 
-What it is:  ./train_bitnet logits DIR ids="1 2 3" [lambda=1] [precision=fp32]
-             prints one line per position: vocab numbers as %.9g, which reads back as the same float.
+What it is:  ./train_bitnet logits DIR ids="1 2 3" [lambda=1]
+             prints one line per position: vocab numbers as %.9g, which reads back as the same float. Products run in fp32 unless
+             precision=bf16 is asked for.
 Read before: modes/generate.h.
 Defines:     mode_logits.
 */
@@ -37,7 +38,7 @@ UNUSED static void mode_logits(Options *o) {
   char dir[4096];
   int *ids, seq = 0;
   checkpoint_path(dir, sizeof dir, o->dir);
-  model_load(&m, dir, o->precision);
+  model_load(&m, dir, options_is_set(o, "precision") ? o->precision : PRECISION_FP32);
   model_quantize(&m, (float)o->lambda);
   int n = parse_ids_(o->ids, m.c.vocab, &ids);
   if (n > m.c.max_seq) die(EXIT_USAGE, "ids: %d tokens, the model's context has max_seq=%d", n, m.c.max_seq);
