@@ -35,11 +35,19 @@ static size_t test_device_bytes;   // that the CPU's dev_malloc has asked for
 
 #include "dev/test/check.h"       // Test, CHECK, run_tests
 #include "dev/test/test_data.h"   // DATA_TESTS
-#include "dev/test/test_ops.h"    // OPS_TESTS
+#include "dev/test/test_files.h"       // FILES_TESTS
+#include "dev/test/test_ops.h"         // OPS_TESTS
+#include "dev/test/test_options.h"     // OPTIONS_TESTS
+#include "dev/test/test_reference.h"   // REFERENCE_TESTS
+#include "dev/test/test_run.h"         // RUN_TESTS
 
 static const Test tests[] = {
   OPS_TESTS,
+  REFERENCE_TESTS,
   DATA_TESTS,
+  FILES_TESTS,
+  OPTIONS_TESTS,
+  RUN_TESTS,
 };
 
 int main(int argc, char **argv) {

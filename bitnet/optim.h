@@ -4,7 +4,7 @@ optim.h: what happens to the parameters once the gradients are there.
 What it is:  the learning-rate and weight-decay schedules, the global gradient norm, and AdamW over the tensor table.
 What not:    the arithmetic of the update (adamw_update in the ops); the loop (trainer.h).
 Read before: bitnet/model.h. The schedule of lambda is in quant.h.
-Defines:     Schedule, lr_at, wd_at; grad_norm, adamw_step.
+Defines:     Schedule, lr_at, wd_at; grad_norm, clip_scale, adamw_step.
 */
 #ifndef BITNET_OPTIM_H
 #define BITNET_OPTIM_H
@@ -69,6 +69,12 @@ UNUSED static double grad_norm(Model *m) {
   sum_squares(m->norm2, m->grads, m->table.floats);
   dev_copy_out(&sum, m->norm2, sizeof sum);
   return sqrt(sum);
+}
+
+// What gradients of this norm are multiplied by, so that their norm is at most clip; clip 0: never clipped. PyTorch's form.
+UNUSED static double clip_scale(double norm, double clip) {
+  double scale = clip > 0 ? clip / (norm + 1e-6) : 1.0;
+  return scale < 1 ? scale : 1.0;
 }
 
 // One AdamW update, number t counted from 1, with gradients scaled by gscale (the clipping factor). Weight decay goes to

@@ -316,9 +316,8 @@ static StepReport train_step_(Trainer *t) {
   r.grad_norm = grad_norm(m);
   r.skipped = !isfinite(r.loss) || !isfinite(r.grad_norm);
   if (!r.skipped) {
-    double scale = o->grad_clip > 0 ? o->grad_clip / (r.grad_norm + 1e-6) : 1.0;
     t->state.updates++;
-    adamw_step(m, (float)(scale < 1 ? scale : 1.0), r.lr, wd_at(&t->schedule, step), o->beta1, o->beta2, o->eps, t->state.updates);
+    adamw_step(m, (float)clip_scale(r.grad_norm, o->grad_clip), r.lr, wd_at(&t->schedule, step), o->beta1, o->beta2, o->eps, t->state.updates);
   }
   t->state.step++;
   alloc_guard = 0;

@@ -1,9 +1,9 @@
 """
 hf_check.py: does transformers load a checkpoint as it lies, and does it compute the same logits?
 
-What it is:  opens a model directory with AutoTokenizer and AutoModelForCausalLM, without any code of ours, runs the same token ids through
-             it and through `train_bitnet logits`, and compares the two at lambda = 1 (transformers' own online quantisation, or packed
-             weights) and at lambda = 0 (the float master weights, quantisation taken out of the config).
+What it is:  opens a model directory with AutoTokenizer and AutoModelForCausalLM, without any code of ours, runs the same token ids
+             through it and through `train_bitnet logits`, and compares the two at lambda = 1 (transformers' own online
+             quantisation, or packed weights) and at lambda = 0 (the float master weights, quantisation taken out of the config).
 What not:    no test of training; prepro/reference.py compares gradients.
 Needs:       torch, transformers, accelerate (transformers asks for it when a config has a quantization_config).
 
@@ -11,10 +11,11 @@ Needs:       torch, transformers, accelerate (transformers asks for it when a co
 
 Prints a table and exits with 1 if anything is out of bounds, with 2 if a program cannot be run.
 
-The bounds. Errors are relative to the largest logit. At lambda = 0 both sides compute the same float32 network and differ by rounding only:
-1e-5. At lambda = 1 they usually do, too, but a value that lies on the edge between two int8 codes may fall on either side of it, and one
-code more or less moves the logits by far more than rounding does; so the bound is 2e-2, with the same most likely token at every
-position (unless transformers itself has two that are closer than 1e-3) and a mean Kullback-Leibler divergence of at most 1e-3.
+The bounds. Errors are relative to the largest logit. At lambda = 0 both sides compute the same float32 network and differ by rounding
+only: 1e-5. At lambda = 1 they usually do, too, but a value that lies on the edge between two int8 codes may fall on either side of
+it, and one code more or less moves the logits by far more than rounding does; so the bound is 2e-2, with the same most likely
+token at every position (unless transformers itself has two that are closer than 1e-3) and a mean Kullback-Leibler divergence of
+at most 1e-3.
 """
 
 import argparse
@@ -96,6 +97,8 @@ def check_model(args, lam):
         del config.quantization_config
     model = their_model(args.dir, config)
     ids = args.ids or [(7 * i + 3) % config.vocab_size for i in range(min(24, config.max_position_embeddings))]
+    if len(ids) > config.max_position_embeddings or not all(0 <= i < config.vocab_size for i in ids):
+        stop(f"--ids: expected at most {config.max_position_embeddings} ids from 0 to {config.vocab_size - 1}, found {ids}")
     with torch.no_grad():
         theirs = model(torch.tensor([ids])).logits[0].double().numpy()
     ours = our_logits(args, lam, ids, theirs.shape[1])
@@ -109,7 +112,8 @@ def check_tokenizer(args):
     config = transformers.AutoConfig.from_pretrained(args.dir)
     own = tokenizers.Tokenizer.from_file(os.path.join(args.dir, "tokenizer.json"))
     texts = ("12+34=46", "  It's 2024,  don't\n\n\tpanic!!", "na\u00efve \u20ac5 \u4f60\u597d \U0001F600", "x1234567y  ", "I'LL we've")
-    different = [t for t in texts if tokenizer(t, add_special_tokens=False)["input_ids"] != own.encode(t, add_special_tokens=False).ids]
+    different = [t for t in texts
+                 if tokenizer(t, add_special_tokens=False)["input_ids"] != own.encode(t, add_special_tokens=False).ids]
     note = f"{type(tokenizer).__name__}, {len(tokenizer)} tokens, the model has {config.vocab_size}"
     if different:
         note += f"; {len(different)} of {len(texts)} texts are not cut as tokenizer.json says, such as {different[0]!r}"
@@ -118,11 +122,14 @@ def check_tokenizer(args):
 
 def main():
     parser = argparse.ArgumentParser(description="compares a checkpoint's logits with transformers")
-    parser.add_argument("dir", help="the model directory")
+    parser.add_argument("dir", help="a model directory, or a run: then its newest checkpoint")
     parser.add_argument("--binary", default="./train_bitnet")
     parser.add_argument("--ids", help='token ids, as in "1 2 3" (default: some of the whole vocabulary)')
     parser.add_argument("--args", default="precision=fp32", help="more arguments for the binary")
     args = parser.parse_args()
+    latest = os.path.join(args.dir, "checkpoints", "latest")
+    if os.path.isfile(latest):   # a run: its newest checkpoint
+        args.dir = os.path.join(args.dir, "checkpoints", open(latest).read().strip())
     if not os.path.isfile(os.path.join(args.dir, "config.json")):
         stop(f"{args.dir}: no config.json; expected a checkpoint directory such as RUN/checkpoints/step_000100")
     try:

@@ -14,10 +14,10 @@ Numbers. Everything is computed in float64 and stored as float32, so what a test
 not the rounding of two programs, and a rerun on another CPU gives the same bits. Parameters and inputs are float32 numbers from the
 start. Only the angles of RoPE are float32, because they are float32 in transformers.
 
-Rounding. A quantiser is a staircase: when a value lies on the edge of a step, the last bit of a float decides which code it gets, and one
-code changes the logits by far more than any error bound. So the inputs are chosen: tokens and seeds are drawn until no value that
-is rounded lies close to an edge (k + 1/2 for activations, 1/2 for weights). TIE_ACT and TIE_WEIGHT are the distances that are
-enforced, in units of a code; float32 noise in these models stays below a tenth of them. The distances found are printed.
+Rounding. A quantiser is a staircase: when a value lies on the edge of a step, the last bit of a float decides which code it gets,
+and one code changes the logits by far more than any error bound. So the inputs are chosen: tokens and seeds are drawn until no
+value that is rounded lies close to an edge (k + 1/2 for activations, 1/2 for weights). TIE_ACT and TIE_WEIGHT are the distances
+that are enforced, in units of a code; float32 noise in these models stays below a tenth of them. The distances found are printed.
 """
 
 import argparse
@@ -115,7 +115,10 @@ def rope(x, angle, direction=1):
 
 
 def attention(q, k, v, start):
-    """q [B,T,NH,HS], k, v [B,T,NKV,HS]; position t sees start[b,t] .. t. Returns [B,T,NH*HS] and the log of the denominators [B,T,NH]."""
+    """
+    q [B,T,NH,HS], k, v [B,T,NKV,HS]; position t sees start[b,t] .. t. Returns the output [B,T,NH*HS] and the log of the softmax's
+    denominators [B,T,NH].
+    """
     B, T, NH, HS = q.shape
     k, v = (z.repeat_interleave(NH // z.shape[2], 2) for z in (k, v))
     scores = torch.einsum("bthi,bshi->bhts", q, k) / math.sqrt(HS)
@@ -135,8 +138,9 @@ BASE = {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn_d
         "qk_norm": 0, "tie_embeddings": 1, "act_bits": 8}
 CONFIGS = {
     "model_a": BASE,
-    "model_b": {**BASE, "dim": 24, "head_dim": 10, "ffn_dim": 40, "vocab": 37, "activation": "silu", "attn_sub_norm": 0, "ffn_sub_norm": 0,
-                "qkv_bias": 1, "o_bias": 1, "qk_norm": 1, "tie_embeddings": 0, "rope_llama3": 1, "norm_eps": 1e-6},
+    "model_b": {**BASE, "dim": 24, "head_dim": 10, "ffn_dim": 40, "vocab": 37, "activation": "silu", "attn_sub_norm": 0,
+                "ffn_sub_norm": 0, "qkv_bias": 1, "o_bias": 1, "qk_norm": 1, "tie_embeddings": 0, "rope_llama3": 1,
+                "norm_eps": 1e-6},
     "model_c": {**BASE, "dim": 24, "heads": 3, "kv_heads": 3, "ffn_dim": 44, "ffn_sub_norm": 0, "tie_embeddings": 0, "act_bits": 0},
     "model_hf": {**BASE, "rope_theta": 500000.0},
 }
@@ -390,7 +394,8 @@ def dump_model(name):
     """model_a, model_b, model_c: our own model."""
     c, dump = CONFIGS[name], Dump()
     seed = FILES.index(name)
-    rows, ignored = {"model_a": ([[5, 7], [8, 4]], [(0, 2), (1, 5)]), "model_b": ([[12], [12]], []), "model_c": ([[12], [3, 9]], [])}[name]
+    rows = {"model_a": [[5, 7], [8, 4]], "model_b": [[12], [12]], "model_c": [[12], [3, 9]]}[name]
+    ignored = [(0, 2), (1, 5)] if name == "model_a" else []
     params = random_params(c, seed)
     rng = np.random.RandomState(seed + 100)
     model = Model(c, params)
@@ -431,8 +436,8 @@ def transformers_config(c, family):
     common = {"vocab_size": c["vocab"], "hidden_size": c["dim"], "intermediate_size": c["ffn_dim"], "num_hidden_layers": c["layers"],
               "num_attention_heads": c["heads"], "num_key_value_heads": c["kv_heads"], "head_dim": c["head_dim"],
               "hidden_act": c["activation"], "max_position_embeddings": c["max_seq"], "rms_norm_eps": c["norm_eps"],
-              "tie_word_embeddings": bool(c["tie_embeddings"]), "attention_bias": bool(c["qkv_bias"]), "bos_token_id": 0, "eos_token_id": 1,
-              "pad_token_id": None, "rope_theta": c["rope_theta"]}
+              "tie_word_embeddings": bool(c["tie_embeddings"]), "attention_bias": bool(c["qkv_bias"]), "bos_token_id": 0,
+              "eos_token_id": 1, "pad_token_id": None, "rope_theta": c["rope_theta"]}
     if c["rope_llama3"]:
         common["rope_scaling"] = {"rope_type": "llama3", "factor": c["rope_factor"], "low_freq_factor": c["rope_low_freq"],
                                   "high_freq_factor": c["rope_high_freq"], "original_max_position_embeddings": c["rope_original_max"]}
@@ -475,7 +480,7 @@ def check_against_transformers():
 
 
 def dump_transformers():
-    """model_hf: every number comes from transformers' BitNetForCausalLM, its autograd and torch's AdamW; ours only chooses the tokens."""
+    """model_hf: every number comes from transformers' BitNetForCausalLM, autograd and torch's AdamW; ours only chooses the tokens."""
     name, dump = "model_hf", Dump()
     c = CONFIGS[name]
     rows, rng = [[12], [12]], np.random.RandomState(104)
@@ -615,7 +620,8 @@ def op_headnorm(d):
 
 def op_weight_quantize(d):
     # Exact ties: the mean magnitude is 1, so 0.5 rounds to 0 and 1.5 to 2, which is clamped.
-    edge = torch.tensor([[0.5, -0.5, 1.5, -1.5], [1.0, -1.0, 0.0, 2.0], [0.5000001, -0.5000001, 2.9999998, 0.0]], dtype=torch.float32).double()
+    rows = [[0.5, -0.5, 1.5, -1.5], [1.0, -1.0, 0.0, 2.0], [0.5000001, -0.5000001, 2.9999998, 0.0]]
+    edge = torch.tensor(rows, dtype=torch.float32).double()
     edge[2, 3] = 12 - edge.abs().sum()
     small = torch.full((2, 4), 1e-9, dtype=torch.float64)
     huge = 1e10 * d.clear_matrix(5, 12).detach()
@@ -640,7 +646,8 @@ def op_bitlinear(d, op, R, K, parts, cases):
         y = F.linear(quantised_input(x, bits, lam), torch.cat([quantised_weight(w, lam) for w in ws]), bias)
         dx, dbias, *dws = gradients(y, dout, x, bias, *ws)
         d.put_all(f"{op}.l{lam:g}.b{bits}", out=y, dx=dx, dw=torch.cat(dws), dbias=dbias)
-    d.put(f"{op}.l1.b8.out_residual", F.linear(quantised_input(x, 8, 1.0), torch.cat([quantised_weight(w, 1.0) for w in ws]), bias) + residual)
+    y = F.linear(quantised_input(x, 8, 1.0), torch.cat([quantised_weight(w, 1.0) for w in ws]), bias)
+    d.put(f"{op}.l1.b8.out_residual", y + residual)
     if (0.3, 8) in cases:
         y = F.linear(quantised_input(x, 8, 0.3), torch.cat([quantised_weight(w, 0.3) for w in ws]))
         d.put_all(f"{op}.l0.3.b8", out_plain=y, out_residual=y + bias + residual)
@@ -702,8 +709,8 @@ def op_glu(d):
         u = unit(gate_up)
         for name, y in (("plain", u), ("norm", rmsnorm(u, gain, eps))):
             codes, scale, _ = act_codes(y.detach(), 8)
-            d.put_all(f"glu.{act}.{name}", out=y, mixed=quantised_input(y, 8, 0.3), codes=codes.to(torch.int8), scale=scale.squeeze(-1),
-                      dgate_up=gradients(y, dout, gate_up)[0])
+            d.put_all(f"glu.{act}.{name}", out=y, mixed=quantised_input(y, 8, 0.3), codes=codes.to(torch.int8),
+                      scale=scale.squeeze(-1), dgate_up=gradients(y, dout, gate_up)[0])
         d.put_all(f"glu.{act}.norm", rstd=torch.rsqrt(u.pow(2).mean(-1) + eps), dgain=gradients(y, dout, gain)[0])
 
 
@@ -770,7 +777,8 @@ def put_schedules(d):
         return np.interp(t, [half, T], [stage2, low])
 
     rates = {
-        "cosine": lambda t: low + (peak - low) * (1 + math.cos(math.pi * p(t))) / 2, "linear": lambda t: peak * (1 - p(t)) + low * p(t),
+        "cosine": lambda t: low + (peak - low) * (1 + math.cos(math.pi * p(t))) / 2,
+        "linear": lambda t: peak * (1 - p(t)) + low * p(t),
         "constant": lambda t: peak, "wsd": lambda t: np.interp(t, [T - decay * T, T], [peak, low]), "two_stage": two_stage,
         "faq": lambda t: (peak if t < T / 2 else stage2) * (1 - p(t)),
     }
@@ -818,7 +826,8 @@ def differences(got, want):
 
 def main():
     parser = argparse.ArgumentParser(description="writes or checks the reference dumps of the tests")
-    parser.add_argument("--out", default=os.path.join(os.path.dirname(__file__), "..", "dev", "test", "ref"), help="directory of the dumps")
+    home = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "dev", "test", "ref"))
+    parser.add_argument("--out", default=home, help="directory of the dumps")
     parser.add_argument("--check", action="store_true", help="compute again and compare with the files in --out")
     parser.add_argument("--only", choices=FILES, action="append", help="only this file (may be repeated)")
     args = parser.parse_args()

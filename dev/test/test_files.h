@@ -119,7 +119,7 @@ static void test_json_refuses(void) {
     {"\"\\u12G4\"", "offset 5"}, {"\"\\u-123\"", "offset 3"}, {"\"\t\"", "offset 1|control character|0x09"},
     {"\"a\nb\"", "offset 2"},
     {"\"\x1F\"", "offset 1"}, {"\"\\ud800\"", "offset 1: expected a surrogate pair, found only its first half"},
-    {"\"\\ud800x\"", "offset 1"}, {"\"\\ud800\\n\"", "offset 1"}, {"\"\\ud800\\ud800\"", "offset 1"},
+    {"\"\\ud800", "offset 1"}, {"\"\\ud800\\", "offset 1"}, {"\"\\ud800\\u", "offset 9"}, {"\"\\ud800x\"", "offset 1"}, {"\"\\ud800\\n\"", "offset 1"}, {"\"\\ud800\\ud800\"", "offset 1"},
     {"\"\\uDBFF\\u0041\"", "offset 1"},
     {"\"\\ud800\\u\"", "offset 9"}, {"\"\\udc00\"", "offset 1|second half"}, {"\"\\udfff\\ud800\"", "offset 1|second half"},
     {"\"\x80\"", "offset 1: expected UTF-8, found byte 0x80"}, {"\"a\xC0\x80\"", "offset 2|0xC0"}, {"\"\xC3\"", "offset 1"},

@@ -9,10 +9,11 @@ What not:    no formulas: a test only carries numbers from the file to an op and
 Read before: check.h, bitnet/ops.h, bitnet/model.h, prepro/reference.py.
 Defines:     REFERENCE_TESTS, the rows for the table of tests.
 
-Errors are relative to the largest element of the tensor (rel_error), and the bound stands beside the name. The dumps are exact (float64),
-so the error is that of the code under test alone: a few float32 roundings, 6e-8 each. Integers must be equal; the dumps
-keep every value that is rounded far from the edges of the steps. `added` tensors are the ones that an op adds to: they start with
-a pattern instead of zeros, which must come out on top of the gradient.
+Errors are relative to the largest element of the tensor (rel_error), and the bound stands beside the name. The dumps are exact
+(float64), so the error is that of the code under test alone: a few float32 roundings, 6e-8 each. Integers must be equal; the
+dumps keep every value that is rounded far from the edges of the steps. `added` tensors are the ones that an op adds to: they
+start with a pattern instead of zeros, which must come out on top of the gradient. With the environment variable
+BITNET_REF_ERRORS every error is printed beside its bound.
 */
 #ifndef TEST_REFERENCE_H
 #define TEST_REFERENCE_H
@@ -36,7 +37,8 @@ static void ref_open_(const char *name) {
   const char *dir = getenv("BITNET_REF");
   snprintf(file, sizeof file, "%s.safetensors", name);
   path_join(path, sizeof path, dir && *dir ? dir : "dev/test/ref", file);
-  if (!is_file(path)) die(EXIT_FAILED, "%s: no such file; run the tests in the repository's root or set BITNET_REF to the directory of the dumps", path);
+  if (!is_file(path))
+    die(EXIT_FAILED, "%s: no such file; run the tests in the repository's root or set BITNET_REF to the directory of the dumps", path);
   st_open(&ref_file_, path);
 }
 
@@ -157,7 +159,6 @@ static floatX *ref_act_added_(const char *name) {
 // ---------------------------------------------------------------------------------------------------------
 // Comparisons. Each takes the name in the dump, where the ops have left the result, and the bound.
 
-// The largest errors of the running test, printed when BITNET_REF_ERRORS is set: how far the bounds are from the truth.
 static void ref_compare_(const char *name, const float *got, double bound) {
   size_t n;
   const float *want = ref_floats_(name, &n);
@@ -204,7 +205,8 @@ static void expect_codes_(const char *name, const void *dev) {
   for (size_t i = n; i-- > 0;) {
     if (got[i] != want[i]) wrong++, first = i;
   }
-  CHECK(wrong == 0, "%s: %zu of %zu codes differ, the first is number %zu: %d, wanted %d", name, wrong, n, first, got[first], want[first]);
+  CHECK(wrong == 0, "%s: %zu of %zu codes differ, the first is number %zu: %d, wanted %d", name, wrong, n, first, got[first],
+        want[first]);
 }
 
 // A QAct that op.b8 or op.b4 describes, for R rows.
@@ -433,7 +435,8 @@ static void check_bitlinear_(const BitLinearCase *k, const char *label, float la
   }
 }
 
-static const BitLinearCase bitlinear_small_ = {"bitlinear", 13, 50, {17, 9, 9}}, bitlinear_wide_ = {"bitlinear_wide", 14, 300, {40, 0, 0}};
+static const BitLinearCase bitlinear_small_ = {"bitlinear", 13, 50, {17, 9, 9}};
+static const BitLinearCase bitlinear_wide_ = {"bitlinear_wide", 14, 300, {40, 0, 0}};   // more inputs than a block of the product has
 
 static void test_ref_bitlinear(void) {
   static const char *const labels[] = {"0", "0.3", "1"};
@@ -492,7 +495,8 @@ libraries; the last bit of a frequency times position 190 is 1e-5 of an angle.
 static void test_ref_rope_table(void) {
   ref_open_ops_();
   enum { HS = 64, POSITIONS = 200, ROWS = 20 };
-  float *table = (float *)ref_host_memory_(POSITIONS * HS * sizeof(float)), *rows = (float *)ref_host_memory_(ROWS * HS * sizeof(float));
+  float *table = (float *)ref_host_memory_(POSITIONS * HS * sizeof(float));
+  float *rows = (float *)ref_host_memory_(ROWS * HS * sizeof(float));
   Config c;
   memset(&c, 0, sizeof c);
   c.head_dim = HS;
@@ -550,7 +554,8 @@ static void test_ref_glu(void) {
     int act = i < 2 ? ACT_RELU2 : ACT_SILU, norm = i % 2;
     char op[64];
     snprintf(op, sizeof op, "glu.%s.%s", acts[act == ACT_SILU], norms[norm]);
-    floatX *gate_up = ref_act_(ref_name_("glu.%s.gate_up", acts[act == ACT_SILU])), *dgate_up = ref_act_room_(ref_name_("%s.dgate_up", op));
+    floatX *gate_up = ref_act_(ref_name_("glu.%s.gate_up", acts[act == ACT_SILU]));
+    floatX *dgate_up = ref_act_room_(ref_name_("%s.dgate_up", op));
     float *gain = norm ? ref_param_("glu.gain") : NULL, *dgain = norm ? ref_param_added_(ref_name_("%s.dgain", op)) : NULL;
     float *rstd = norm ? ref_param_room_(ref_name_("%s.rstd", op)) : NULL;
     const int forms[3] = {1, 2, 0};   // codes; the mix at lambda 0.3; not quantised
@@ -606,10 +611,11 @@ static void test_ref_optimizer(void) {
 static void test_ref_schedules(void) {
   static const struct { const char *name; int kind; } lambdas[] = {
     {"warmup", LAMBDA_WARMUP}, {"linear", LAMBDA_LINEAR}, {"accelerated", LAMBDA_ACCELERATED}, {"cosine", LAMBDA_COSINE},
-    {"exponential", LAMBDA_EXPONENTIAL}, {"exponential4", LAMBDA_EXPONENTIAL}, {"sigmoid", LAMBDA_SIGMOID}, {"sigmoid15", LAMBDA_SIGMOID},
-    {"step", LAMBDA_STEP}, {"none", LAMBDA_NONE}};
+    {"exponential", LAMBDA_EXPONENTIAL}, {"exponential4", LAMBDA_EXPONENTIAL}, {"sigmoid", LAMBDA_SIGMOID},
+    {"sigmoid15", LAMBDA_SIGMOID}, {"step", LAMBDA_STEP}, {"none", LAMBDA_NONE}};
   static const struct { const char *name; int kind; } rates[] = {
-    {"cosine", LR_COSINE}, {"linear", LR_LINEAR}, {"constant", LR_CONSTANT}, {"wsd", LR_WSD}, {"two_stage", LR_TWO_STAGE}, {"faq", LR_FAQ}};
+    {"cosine", LR_COSINE}, {"linear", LR_LINEAR}, {"constant", LR_CONSTANT}, {"wsd", LR_WSD}, {"two_stage", LR_TWO_STAGE},
+    {"faq", LR_FAQ}};
   float values[64], decays[64];
   ref_open_("ops");
   for (size_t i = 0; i < ARRAY_LEN(lambdas); i++) {
@@ -755,7 +761,8 @@ static void check_model_(const char *name, const char *label, float lambda, int 
   model_backward(&m);
   for (int i = 0; i < m.table.count; i++) {
     const Tensor *t = &m.table.tensors[i];
-    expect_param_(ref_name_("%s.grad.%s", what, t->name), m.grads + t->offset, ref_bound_(model_bounds_, ARRAY_LEN(model_bounds_), t->name));
+    double bound = ref_bound_(model_bounds_, ARRAY_LEN(model_bounds_), t->name);
+    expect_param_(ref_name_("%s.grad.%s", what, t->name), m.grads + t->offset, bound);
   }
   ref_close_model_(&m);
 }
@@ -792,9 +799,9 @@ static void check_steps_(const char *name) {
     model_quantize(&m, lambda[step]);
     dev_zero(m.grads, m.table.floats * sizeof(float));
     losses[step] = (float)(batch_loss(&m, &b, 1.0f / (float)b.n_targets, coef, 1) / (double)b.n_targets);
-    double norm = grad_norm(&m), scale = clip / (norm + 1e-6);
+    double norm = grad_norm(&m);
     norms[step] = (float)norm;
-    adamw_step(&m, scale < 1 ? (float)scale : 1.0f, lr, wd, beta1, beta2, eps, step + 1);
+    adamw_step(&m, (float)clip_scale(norm, clip), lr, wd, beta1, beta2, eps, step + 1);
   }
   ref_compare_("losses10", losses, ref_bound_(step_bounds_, ARRAY_LEN(step_bounds_), "losses10"));
   ref_compare_("norms10", norms, ref_bound_(step_bounds_, ARRAY_LEN(step_bounds_), "norms10"));
