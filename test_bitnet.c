@@ -1,7 +1,8 @@
 /*
 test_bitnet.c: all tests of the machine it runs on, in one table.
 
-What it is:  the frame of the C tests. It includes the program itself (train_bitnet.c, or train_bitnet.cu under nvcc) without its main, then
+What it is:  the frame of the C tests. It includes the program itself (train_bitnet.c,
+                                                                       or train_bitnet.cu under nvcc) without its main, then
              the headers with the tests, and runs those whose name contains the first argument.
 What not:    the tests: dev/test/test_*.h, each with the rows for its part of the table. Derivatives: dev/test/test_float64.c.
 Read before: dev/test/check.h.

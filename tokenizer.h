@@ -216,7 +216,7 @@ UNUSED static int tokenizer_save(const Tokenizer *t, const char *dir) {
 // ---------------------------------------------------------------------------------------------------------
 // Reading. A tokenizer that is understood by half encodes silently wrong, so whatever is not known here is refused by name.
 
-// Parses a JSON file whose outermost value is an object. Returns its text, which must outlive doc; the caller frees both.
+// Parses a JSON file whose outermost value is an object. Returns its text; the caller frees it and doc.
 // NULL if the file cannot be read (errno is set); exit 3 if it is not JSON.
 UNUSED static char *tokenizer_parse_(const char *path, JsonDoc *doc) {
   char err[256];

@@ -119,7 +119,8 @@ static void test_json_refuses(void) {
     {"\"\\u12G4\"", "offset 5"}, {"\"\\u-123\"", "offset 3"}, {"\"\t\"", "offset 1|control character|0x09"},
     {"\"a\nb\"", "offset 2"},
     {"\"\x1F\"", "offset 1"}, {"\"\\ud800\"", "offset 1: expected a surrogate pair, found only its first half"},
-    {"\"\\ud800", "offset 1"}, {"\"\\ud800\\", "offset 1"}, {"\"\\ud800\\u", "offset 9"}, {"\"\\ud800x\"", "offset 1"}, {"\"\\ud800\\n\"", "offset 1"}, {"\"\\ud800\\ud800\"", "offset 1"},
+    {"\"\\ud800", "offset 1"}, {"\"\\ud800\\", "offset 1"}, {"\"\\ud800\\u", "offset 9"},
+    {"\"\\ud800x\"", "offset 1"}, {"\"\\ud800\\n\"", "offset 1"}, {"\"\\ud800\\ud800\"", "offset 1"},
     {"\"\\uDBFF\\u0041\"", "offset 1"},
     {"\"\\ud800\\u\"", "offset 9"}, {"\"\\udc00\"", "offset 1|second half"}, {"\"\\udfff\\ud800\"", "offset 1|second half"},
     {"\"\x80\"", "offset 1: expected UTF-8, found byte 0x80"}, {"\"a\xC0\x80\"", "offset 2|0xC0"}, {"\"\xC3\"", "offset 1"},
@@ -772,7 +773,7 @@ static void bad_write_(void *arg) {
   size_t n_meta = b->which == 5 || b->which == 6 || b->which == 7 ? 1 : b->which == 8 ? 2 : 0;
   memcpy(e, st_small_, sizeof e);
   if (b->which == 0) e[0].dtype = ST_F16, s.add = 65540.0f;   // element 2 becomes too large
-  if (b->which == 1) e[1].name = "c";
+  if (b->which == 1) e[2].name = "a.weight";
   if (b->which == 2) e[1].name = "";
   if (b->which == 3) e[1].name = "a\nb";
   if (b->which == 4) e[1].dtype = ST_I32;

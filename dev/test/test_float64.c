@@ -111,7 +111,8 @@ static void rmsnorm_quant_recorded(QAct *out, double *rstd, const double *x, con
   free(exact.data);
 }
 
-static void glu_quant_recorded(QAct *out, double *rstd, const double *gate_up, const double *gain, int R, int F, int act, double eps) {
+static void glu_quant_recorded(QAct *out, double *rstd, const double *gate_up, const double *gain, int R, int F, int act,
+                               double eps) {
   glu_quant_forward(out, rstd, gate_up, gain, R, F, act, eps);
   if (rounding_mode == PLAIN) return;
   QAct exact = unrounded(out, (size_t)R, (size_t)F);
@@ -159,7 +160,8 @@ static double dot(const double *a, const double *b, size_t n) {
 Checks grad[0..n) against the derivative of f with respect to x[0..n). Central differences with steps h and 2h, combined so that
 their errors of order h^2 cancel; what remains is of order h^4 and rounding, 1e-16 f / h. A NaN in grad fails.
 */
-static void check_gradient(const char *name, double *x, const double *grad, size_t n, double (*f)(void *), void *arg, double h, double bound) {
+static void check_gradient(const char *name, double *x, const double *grad, size_t n, double (*f)(void *), void *arg, double h,
+                           double bound) {
   double *want = filled(n, 0), top = 0;
   for (size_t i = 0; i < n; i++) {
     double old = x[i], at[4];
@@ -178,7 +180,8 @@ static void check_gradient(const char *name, double *x, const double *grad, size
 }
 
 /*
-One op under test. in: its inputs; weight: what each output counts in the scalar that is differentiated, f = sum weight * out, so weight is
+One op under test. in: its inputs; weight: what each output counts in the scalar that is differentiated, f = sum weight * out,
+    so weight is
 the gradient "dout" that the backward pass starts from.
 */
 typedef struct {
@@ -189,7 +192,8 @@ typedef struct {
   BitWeight w;
 } Op;
 
-enum { R_ = 7, C_ = 11, V_ = 13, B_ = 2, T_ = 6, NH_ = 4, NKV_ = 2, HS_ = 6, QKV_ = (NH_ + 2 * NKV_) * HS_, ATT_ = NH_ * HS_, BT_ = B_ * T_ };
+enum { R_ = 7, C_ = 11, V_ = 13, B_ = 2, T_ = 6, NH_ = 4, NKV_ = 2, HS_ = 6, QKV_ = (NH_ + 2 * NKV_) * HS_, ATT_ = NH_ * HS_,
+      BT_ = B_ * T_ };
 static const double EPS = 1e-2;   // of norms; large, so that it is seen
 
 static void free_op(Op *o) {
@@ -303,7 +307,8 @@ static void test_headnorm(void) {
 }
 
 /*
-BitLinear at lambda = 0, 0.3, 1 and with float activations. in[0], in[1]: the effective values of x and w, which are the variables of the
+BitLinear at lambda = 0, 0.3, 1 and with float activations. in[0], in[1]: the effective values of x and w,
+    which are the variables of the
 straight-through gradient; in[2]: bias; in[3]: residual.
 */
 static double f_bitlinear(void *arg) {
@@ -487,7 +492,8 @@ static void test_glu(void) {
     double *dgate_up = filled(R_ * 2 * C_, NAN), *dout = copy_of(o.weight, R_ * C_);
     NEW_ADDED(dgain, C_);
     f_glu(&o);
-    glu_backward(dgate_up, form & 2 ? dgain : NULL, dout, o.in[0], form & 2 ? o.in[1] : NULL, o.aux, R_, C_, form & 1 ? ACT_SILU : ACT_RELU2);
+    glu_backward(dgate_up, form & 2 ? dgain : NULL, dout, o.in[0], form & 2 ? o.in[1] : NULL, o.aux, R_, C_,
+                 form & 1 ? ACT_SILU : ACT_RELU2);
     snprintf(name, sizeof name, "%s: dgate_up", names[form]);
     check_gradient(name, o.in[0], dgate_up, R_ * 2 * C_, f_glu, &o, 1e-3, OP_BOUND);
     if (form & 2) {
@@ -563,7 +569,8 @@ static void open_tiny(Model *m, const Config *c, int recompute) {
   m->head_rows = 5;   // the classifier in three pieces
   for (int i = 0; i < m->table.count; i++) {
     const Tensor *t = &m->table.tensors[i];
-    for (size_t k = 0; k < t->n && t->flags & (NORM | BIAS); k++) m->params[t->offset + k] += 0.3 * rng_normal(6, RNG_TEST, (uint64_t)i << 32 | k);
+    for (size_t k = 0; k < t->n && t->flags & (NORM | BIAS); k++) m->params[t->offset + k] += 0.3 * rng_normal(6, RNG_TEST,
+                                                                                                               (uint64_t)i << 32 | k);
   }
   for (int i = 0; i < BT_; i++) {
     m->tokens[i] = (int)rng_below(7, RNG_TEST, (uint64_t)i, V_);
@@ -585,7 +592,8 @@ static double f_model(void *arg) {
 }
 
 /*
-Gradients of all parameters at lambda. The function that is differentiated is a second model, smooth: it runs at lambda = 0, its ternary
+Gradients of all parameters at lambda. The function that is differentiated is a second model, smooth: it runs at lambda = 0,
+    its ternary
 tensors hold the effective weights w + lambda (Q(w) - w), and its quantisers add the recorded rounding errors. The slope of relu2 has
 a bend at 0, so no gate may lie there and the steps are small, 1e-5; rounding then leaves eight digits.
 */

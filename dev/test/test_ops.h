@@ -1,20 +1,20 @@
 /*
-test_ops.h: what must hold for the ops, the model and the sampler whatever the weights are. No PyTorch needed.
+test_ops.h: what must hold for single ops whatever the numbers are. No PyTorch needed.
 
-What it is:  hand-computed cases of the quantisers, products against plain loops in double, and equalities: the same bits for any number
-             of threads, for a row alone, with recompute, in a packed row, with a cache.
-What not:    comparisons with PyTorch (test_reference.h), derivatives (test_float64.c).
-Read before: check.h, bitnet/ops.h, bitnet/model.h, bitnet/losses.h, bitnet/infer.h.
-Defines:     OPS_TESTS, the rows for the table of tests.
+What it is:  hand-computed cases of the quantisers, ops against plain loops in double,
+    and two promises of bitnet/ops.h: every op gives
+             the same bits for any number of threads, and to a row that stands alone.
+What not:    models (test_model.h), comparisons with PyTorch (test_reference.h), derivatives (test_float64.c).
+Read before: check.h, bitnet/ops.h, quant.h.
+Defines:     OPS_TESTS, the rows for the table of tests; helpers for device memory and random numbers.
 
-Bounds: "same" and "equal" mean the same bits. A bound of 1e-6 is the rounding of a few hundred float32 additions, relative to the largest
-element of the tensor. Memory of the ops is device memory: it is filled and read through the helpers below only.
+Bounds: "same" and "equal" mean the same bits. A bound of 1e-6 is the rounding of a few hundred float32 additions, relative to
+the largest element of the tensor. Memory of the ops is device memory: it is filled and read through the helpers below only.
 */
 #ifndef TEST_OPS_H
 #define TEST_OPS_H
 
-#include "../../bitnet/infer.h"
-#include "../../bitnet/losses.h"
+#include "../../bitnet/model.h"
 #include "../../bitnet/optim.h"
 #include "../../quant.h"
 #include "check.h"
@@ -121,7 +121,8 @@ static QAct new_qact_(int bits, float lambda, size_t R, size_t K) {
 }
 
 // A BitWeight of up to three matrices, quantised from master (device memory). bias: device memory or NULL.
-static BitWeight new_weight_(const float *master, const float *bias, int rows0, int rows1, int rows2, int K, float lambda, int precision) {
+static BitWeight new_weight_(const float *master, const float *bias, int rows0, int rows1, int rows2, int K, float lambda,
+                             int precision) {
   BitWeight w;
   memset(&w, 0, sizeof w);
   w.N = rows0 + rows1 + rows2;
@@ -218,7 +219,8 @@ static void test_quant_weights(void) {
   CHECK(same_bits_(effective_weights_(&w), master, 24 * sizeof(float)), "lambda = 0 changed the weights");
   weight_quantize(&w, device, 0.5f);
   float *half = effective_weights_(&w);
-  CHECK(half[0] == 3 && half[2] == 0.5f && half[3] == -0.5f && half[7] == 0.5f * (3.9999998f + 2), "lambda = 1/2: %g %g", (double)half[0], (double)half[2]);
+  CHECK(half[0] == 3 && half[2] == 0.5f && half[3] == -0.5f && half[7] == 0.5f * (3.9999998f + 2), "lambda = 1/2: %g %g",
+        (double)half[0], (double)half[2]);
 
   // Damaged weights: the scale of their matrix is NaN, so every output is; the neighbours keep theirs.
   static const float bad[3] = {NAN, INFINITY, -INFINITY};
@@ -247,7 +249,8 @@ static void test_quant_weights(void) {
     double sum = 0;
     for (size_t i = first * K; i < end * K; i++) sum += fabs((double)big[i]);
     double mean = sum / (double)((end - first) * K);
-    for (size_t n = first; n < end; n++) CHECK(fabs((double)gamma[n] / mean - 1) < 1e-7, "gamma[%zu] = %.9g, wanted %.9g", n, (double)gamma[n], mean);
+    for (size_t n = first; n < end; n++) CHECK(fabs((double)gamma[n] / mean - 1) < 1e-7, "gamma[%zu] = %.9g, wanted %.9g", n,
+                                               (double)gamma[n], mean);
     float inverse = 1.0f / gamma[first];
     for (size_t i = first * K; i < end * K; i++) {
       float scaled = big[i] * inverse;
@@ -264,7 +267,8 @@ static void check_act_codes_(const char *name, int bits, const float *x, const i
   act_quant_forward(&q, dev_acts_(x, (size_t)K), 1, K);
   int8_t *codes = read_codes_(q.data, (size_t)K);
   float got = read_floats_(q.s, 1)[0];
-  for (int k = 0; k < K; k++) CHECK(codes[k] == want[k], "%s: the code of %.8g is %d, wanted %d", name, (double)x[k], codes[k], want[k]);
+  for (int k = 0; k < K; k++) CHECK(codes[k] == want[k], "%s: the code of %.8g is %d, wanted %d", name, (double)x[k], codes[k],
+                                    want[k]);
   CHECK(fabsf(got - s) <= 1e-7f * s, "%s: scale %.9g, wanted %.9g", name, (double)got, (double)s);
 }
 
@@ -305,8 +309,10 @@ static void test_quant_activations(void) {
         float inverse = levels / top;
         for (int k = 0; k < K; k++) {
           double code = rint((double)(row[k] * inverse)), mixed = row[k] + (double)lambda * (code / (double)inverse - (double)row[k]);
-          if (lambda == 1) CHECK(codes[r * K + k] == (int)code, "bits %d: code %d is %d, wanted %g", bits, k, codes[r * K + k], code);
-          else CHECK(fabs(eff[r * K + k] - mixed) <= 2e-7 * (double)top, "bits %d, lambda %g: %g, wanted %g", bits, (double)lambda, (double)eff[r * K + k], mixed);
+          if (lambda == 1) CHECK(codes[r * K + k] == (int)code, "bits %d: code %d is %d, wanted %g", bits, k, codes[r * K + k],
+                                 code);
+          else CHECK(fabs(eff[r * K + k] - mixed) <= 2e-7 * (double)top, "bits %d, lambda %g: %g, wanted %g", bits,
+                     (double)lambda, (double)eff[r * K + k], mixed);
         }
         if (lambda == 1) CHECK(fabsf(s[r] * inverse - 1) <= 2e-7f, "bits %d: scale %g", bits, (double)s[r]);
       }
@@ -323,8 +329,10 @@ static void test_quant_activations(void) {
     act_quant_forward(&q, device, R, K);
     act_quant_forward(&mixed, device, R, K);
     float *s = read_floats_(q.s, R), *eff = read_acts_((const floatX *)mixed.data, (size_t)R * K);
-    CHECK(isnan(s[1]) && isfinite(s[0]) && isfinite(s[2]), "%g in row 1: scales %g %g %g", (double)bad[i], (double)s[0], (double)s[1], (double)s[2]);
-    for (int k = 0; k < K; k++) CHECK(isnan(eff[K + k]) && isfinite(eff[k]) && isfinite(eff[2 * K + k]), "%g in row 1: %g", (double)bad[i], (double)eff[K + k]);
+    CHECK(isnan(s[1]) && isfinite(s[0]) && isfinite(s[2]), "%g in row 1: scales %g %g %g", (double)bad[i], (double)s[0],
+          (double)s[1], (double)s[2]);
+    for (int k = 0; k < K; k++) CHECK(isnan(eff[K + k]) && isfinite(eff[k]) && isfinite(eff[2 * K + k]), "%g in row 1: %g",
+                                      (double)bad[i], (double)eff[K + k]);
   }
   end_test_();
 }
@@ -344,7 +352,8 @@ static void test_fused(void) {
     rmsnorm_forward(normed, rstd, x, gain, R, K, 1e-5f);
     act_quant_forward(&a, normed, R, K);
     rmsnorm_quant_forward(&b, rstd2, x, gain, R, K, 1e-5f);
-    CHECK(same_bits_(read_codes_(a.data, bytes), read_codes_(b.data, bytes), bytes), "norm: bits %d, lambda %g", forms[i].bits, (double)forms[i].lambda);
+    CHECK(same_bits_(read_codes_(a.data, bytes), read_codes_(b.data, bytes), bytes), "norm: bits %d, lambda %g", forms[i].bits,
+          (double)forms[i].lambda);
     CHECK(same_bits_(read_floats_(a.s, R), read_floats_(b.s, R), R * sizeof(float)), "norm: scales");
     CHECK(same_bits_(read_floats_(rstd, R), read_floats_(rstd2, R), R * sizeof(float)), "norm: rstd");
     for (int form = 0; form < 3; form++) {   // relu2 with norm, relu2 without, silu with norm
@@ -358,10 +367,12 @@ static void test_fused(void) {
       if (form != 1) rmsnorm_forward(normed, rstd, dev_u, gain, R, K, 1e-5f);
       act_quant_forward(&a, form == 1 ? dev_u : normed, R, K);
       if (act == ACT_RELU2) {
-        CHECK(same_bits_(read_codes_(a.data, bytes), read_codes_(b.data, bytes), bytes), "gate %d: bits %d, lambda %g", form, forms[i].bits, (double)forms[i].lambda);
+        CHECK(same_bits_(read_codes_(a.data, bytes), read_codes_(b.data, bytes), bytes), "gate %d: bits %d, lambda %g", form,
+              forms[i].bits, (double)forms[i].lambda);
         CHECK(same_bits_(read_floats_(a.s, R), read_floats_(b.s, R), R * sizeof(float)), "gate %d: scales", form);
       } else if (forms[i].bits == 0) {   // silu here uses the library's exp, so only to rounding, and only where nothing rounds to codes
-        CHECK_CLOSE("silu gate", read_acts_((const floatX *)b.data, (size_t)R * K), read_acts_((const floatX *)a.data, (size_t)R * K), (size_t)R * K, 1e-6);
+        CHECK_CLOSE("silu gate", read_acts_((const floatX *)b.data, (size_t)R * K), read_acts_((const floatX *)a.data,
+                                                                                               (size_t)R * K), (size_t)R * K, 1e-6);
       }
       if (form != 1) CHECK_CLOSE("rstd of the gate", read_floats_(rstd2, R), read_floats_(rstd, R), R, 1e-6);
     }
@@ -401,13 +412,17 @@ static void test_pack4(void) {
 static void test_schedules(void) {
   static const struct { int kind; int64_t t; double want; } lambdas[] = {   // T = 1000, W = 400
     {LAMBDA_WARMUP, 0, 0}, {LAMBDA_WARMUP, 100, 0.25}, {LAMBDA_WARMUP, 400, 1}, {LAMBDA_WARMUP, 999, 1}, {LAMBDA_LINEAR, 250, 0.25},
-    {LAMBDA_ACCELERATED, 250, 0.5}, {LAMBDA_ACCELERATED, 500, 1}, {LAMBDA_ACCELERATED, 900, 1}, {LAMBDA_COSINE, 0, 0}, {LAMBDA_COSINE, 200, 0.5},
-    {LAMBDA_COSINE, 400, 1}, {LAMBDA_COSINE, 700, 1}, {LAMBDA_EXPONENTIAL, 0, 0}, {LAMBDA_EXPONENTIAL, 500, 1 - 1.0 / 256}, {LAMBDA_SIGMOID, 0, 0},
-    {LAMBDA_SIGMOID, 500, 0.5}, {LAMBDA_SIGMOID, 1000, 1}, {LAMBDA_STEP, 0, 0.25}, {LAMBDA_STEP, 250, 0.5}, {LAMBDA_STEP, 749, 0.75}, {LAMBDA_STEP, 750, 1},
+    {LAMBDA_ACCELERATED, 250, 0.5}, {LAMBDA_ACCELERATED, 500, 1}, {LAMBDA_ACCELERATED, 900, 1}, {LAMBDA_COSINE, 0, 0},
+        {LAMBDA_COSINE, 200, 0.5},
+    {LAMBDA_COSINE, 400, 1}, {LAMBDA_COSINE, 700, 1}, {LAMBDA_EXPONENTIAL, 0, 0}, {LAMBDA_EXPONENTIAL, 500, 1 - 1.0 / 256},
+        {LAMBDA_SIGMOID, 0, 0},
+    {LAMBDA_SIGMOID, 500, 0.5}, {LAMBDA_SIGMOID, 1000, 1}, {LAMBDA_STEP, 0, 0.25}, {LAMBDA_STEP, 250, 0.5},
+        {LAMBDA_STEP, 749, 0.75}, {LAMBDA_STEP, 750, 1},
     {LAMBDA_NONE, 0, 1}};
   for (size_t i = 0; i < ARRAY_LEN(lambdas); i++) {
     double got = lambda_at(lambdas[i].kind, lambdas[i].t, 1000, 400, 0);
-    CHECK(fabs(got - lambdas[i].want) < 1e-12, "schedule %d: lambda(%d) = %.15g, wanted %.15g", lambdas[i].kind, (int)lambdas[i].t, got, lambdas[i].want);
+    CHECK(fabs(got - lambdas[i].want) < 1e-12, "schedule %d: lambda(%d) = %.15g, wanted %.15g", lambdas[i].kind,
+          (int)lambdas[i].t, got, lambdas[i].want);
   }
   CHECK(lambda_at(LAMBDA_WARMUP, 0, 1000, 0, 0) == 1, "no ramp");
   for (int kind = LAMBDA_WARMUP; kind <= LAMBDA_NONE; kind++) {
@@ -419,14 +434,17 @@ static void test_schedules(void) {
 
   // T = 110, W = 10: 100 updates after the warm-up.
   static const struct { int kind; int64_t t; double want; } rates[] = {
-    {LR_COSINE, 0, 0.1}, {LR_COSINE, 9, 1}, {LR_COSINE, 10, 1}, {LR_COSINE, 60, 0.6}, {LR_COSINE, 110, 0.2}, {LR_LINEAR, 60, 0.6}, {LR_LINEAR, 110, 0.2},
-    {LR_CONSTANT, 10, 1}, {LR_CONSTANT, 109, 1}, {LR_WSD, 87, 1}, {LR_WSD, 88, 1}, {LR_WSD, 99, 0.6}, {LR_WSD, 110, 0.2}, {LR_TWO_STAGE, 10, 1},
+    {LR_COSINE, 0, 0.1}, {LR_COSINE, 9, 1}, {LR_COSINE, 10, 1}, {LR_COSINE, 60, 0.6}, {LR_COSINE, 110, 0.2}, {LR_LINEAR, 60, 0.6},
+        {LR_LINEAR, 110, 0.2},
+    {LR_CONSTANT, 10, 1}, {LR_CONSTANT, 109, 1}, {LR_WSD, 87, 1}, {LR_WSD, 88, 1}, {LR_WSD, 99, 0.6}, {LR_WSD, 110, 0.2},
+        {LR_TWO_STAGE, 10, 1},
     {LR_TWO_STAGE, 55, 0.5}, {LR_TWO_STAGE, 110, 0.2}, {LR_FAQ, 10, 1}, {LR_FAQ, 35, 0.75}, {LR_FAQ, 60, 0.25}, {LR_FAQ, 110, 0}};
   Schedule s = {0, 110, 10, 1, 0.2, 0.5, 0.2, 0.1, 0.5};
   for (size_t i = 0; i < ARRAY_LEN(rates); i++) {
     s.kind = rates[i].kind;
     double got = lr_at(&s, rates[i].t);
-    CHECK(fabs(got - rates[i].want) < 1e-12, "schedule %d: lr(%d) = %.15g, wanted %.15g", s.kind, (int)rates[i].t, got, rates[i].want);
+    CHECK(fabs(got - rates[i].want) < 1e-12, "schedule %d: lr(%d) = %.15g, wanted %.15g", s.kind, (int)rates[i].t, got,
+          rates[i].want);
   }
   CHECK(wd_at(&s, 0) == 0.1 && wd_at(&s, 54) == 0.1 && wd_at(&s, 55) == 0, "weight decay %g %g", wd_at(&s, 54), wd_at(&s, 55));
 }
@@ -446,12 +464,14 @@ static void test_exp_fast(void) {
   }
   CHECK(worst < 2e-7, "relative error %.3g", worst);
   CHECK(exp_fast(0) == 1, "e^0 = %.9g", (double)exp_fast(0));
-  CHECK(exp_fast(-INFINITY) > 0 && exp_fast(-INFINITY) < 1.7e-38f && exp_fast(-1e30f) == exp_fast(-87), "lower end %g", (double)exp_fast(-INFINITY));
+  CHECK(exp_fast(-INFINITY) > 0 && exp_fast(-INFINITY) < 1.7e-38f && exp_fast(-1e30f) == exp_fast(-87), "lower end %g",
+        (double)exp_fast(-INFINITY));
   CHECK(exp_fast(INFINITY) == exp_fast(88) && isfinite(exp_fast(88)), "upper end %g", (double)exp_fast(INFINITY));
   CHECK(isnan(exp_fast(NAN)), "NaN became %g", (double)exp_fast(NAN));
 }
 
-static const int product_shapes_[][3] = {{1, 1, 1}, {1, 16, 4}, {2, 17, 3}, {3, 5, 5}, {5, 33, 7}, {6, 64, 8}, {7, 65, 9}, {12, 32, 256}, {13, 31, 257},
+static const int product_shapes_[][3] = {{1, 1, 1}, {1, 16, 4}, {2, 17, 3}, {3, 5, 5}, {5, 33, 7}, {6, 64, 8}, {7, 65, 9},
+                                         {12, 32, 256}, {13, 31, 257},
                                          {6, 128, 63}, {25, 70, 64}, {97, 47, 513}, {1, 83, 300}, {40, 2100, 5}};
 
 // int8 x ternary: exact sums, then scales, bias and residual; against plain loops.
@@ -568,7 +588,8 @@ static void check_gemm_f32_(const int *shape, int form) {
     for (size_t j = 0; j < N; j++) want[i * N + j] = (float)row[j];
   }
   char name[160];
-  snprintf(name, sizeof name, "[%zu,%zu,%zu] A %d B %d codes %d precision %d scale %d bias %d residual %d accumulate %d", M, N, K, a_form, b_form, codes,
+  snprintf(name, sizeof name, "[%zu,%zu,%zu] A %d B %d codes %d precision %d scale %d bias %d residual %d accumulate %d", M, N, K,
+           a_form, b_form, codes,
            precision, scaled, bias, residual, accumulate);
   CHECK_CLOSE(name, C, want, M * N, 1e-6);
   CHECK(C[M * N] == 12345, "%s: wrote beyond its end", name);
@@ -594,11 +615,14 @@ static void test_gemm_f32(void) {
 static void test_packed_vs_fake(void) {
   enum { R = 11, N = 37, K = 301 };
   reserve_scratch_();
-  float *master = normals_((size_t)N * K, 0, 0.4), *bias = normals_(N, 0, 3), *x = normals_((size_t)R * K, 0, 2), *dy = normals_((size_t)R * N, 0, 1);
+  float *master = normals_((size_t)N * K, 0, 0.4), *bias = normals_(N, 0, 3), *x = normals_((size_t)R * K, 0, 2),
+      *dy = normals_((size_t)R * N, 0, 1);
   float *residual = normals_((size_t)R * N, 0, 3), *dw_old = normals_((size_t)N * K, 0, 1), *db_old = normals_(N, 0, 1);
-  floatX *dev_x = dev_acts_(x, (size_t)R * K), *dev_dy = dev_acts_(dy, (size_t)R * N), *dev_residual = dev_acts_(residual, (size_t)R * N);
+  floatX *dev_x = dev_acts_(x, (size_t)R * K), *dev_dy = dev_acts_(dy, (size_t)R * N), *dev_residual = dev_acts_(residual,
+                                                                                                                 (size_t)R * N);
   static const struct { int bits; float lambda; int precision; } forms[] = {
-    {8, 1, PRECISION_FP32}, {4, 1, PRECISION_FP32}, {8, 1, PRECISION_BF16}, {0, 1, PRECISION_FP32}, {0, 1, PRECISION_BF16}, {8, 0.3f, PRECISION_FP32},
+    {8, 1, PRECISION_FP32}, {4, 1, PRECISION_FP32}, {8, 1, PRECISION_BF16}, {0, 1, PRECISION_FP32}, {0, 1, PRECISION_BF16},
+        {8, 0.3f, PRECISION_FP32},
     {8, 0.3f, PRECISION_BF16}, {0, 0, PRECISION_FP32}};
   for (size_t form = 0; form < ARRAY_LEN(forms); form++) {
     float lambda = forms[form].lambda;
@@ -612,9 +636,11 @@ static void test_packed_vs_fake(void) {
     bitlinear_backward(dx, dw, db, dev_dy, &q, &w, R);
     // The operands that the products are made of: values, or codes with their scales.
     float *s = read_floats_(q.s, R), *gamma = read_floats_(w.gamma, N);
-    float *xv = codes ? floats_of_(read_codes_(q.data, (size_t)R * K), (size_t)R * K) : read_acts_((const floatX *)q.data, (size_t)R * K);
+    float *xv = codes ? floats_of_(read_codes_(q.data, (size_t)R * K), (size_t)R * K) : read_acts_((const floatX *)q.data,
+                                                                                                   (size_t)R * K);
     float *wv = ternary ? floats_of_(weight_codes_(&w), (size_t)N * K) : effective_weights_(&w);
-    float *want_y = host_floats_((size_t)R * N), *want_dx = host_floats_((size_t)R * K), *want_dw = host_floats_((size_t)N * K), *want_db = host_floats_(N);
+    float *want_y = host_floats_((size_t)R * N), *want_dx = host_floats_((size_t)R * K), *want_dw = host_floats_((size_t)N * K),
+        *want_db = host_floats_(N);
     for (int r = 0; r < R; r++) {
       for (int n = 0; n < N; n++) {
         double sum = 0;
@@ -623,7 +649,8 @@ static void test_packed_vs_fake(void) {
       }
       for (int k = 0; k < K; k++) {   // the scale belongs to dy, which is rounded together with it
         double sum = 0;
-        for (int n = 0; n < N; n++) sum += operand_(ternary ? dy[r * N + n] * gamma[n] : dy[r * N + n], precision) * operand_(wv[n * K + k], precision);
+        for (int n = 0; n < N; n++) sum += operand_(ternary ? dy[r * N + n] * gamma[n] : dy[r * N + n],
+                                                    precision) * operand_(wv[n * K + k], precision);
         want_dx[r * K + k] = (float)sum;
       }
     }
@@ -633,7 +660,8 @@ static void test_packed_vs_fake(void) {
       want_db[n] = (float)db_sum;
       for (int k = 0; k < K; k++) {
         double sum = dw_old[n * K + k];
-        for (int r = 0; r < R; r++) sum += operand_(codes ? dy[r * N + n] * s[r] : dy[r * N + n], precision) * operand_(xv[r * K + k], precision);
+        for (int r = 0; r < R; r++) sum += operand_(codes ? dy[r * N + n] * s[r] : dy[r * N + n],
+                                                    precision) * operand_(xv[r * K + k], precision);
         want_dw[n * K + k] = (float)sum;
       }
     }
@@ -673,7 +701,8 @@ static void test_cross_entropy(void) {
   for (int v = 0; v < V; v++) logits[4 * V + v] = 1e4f - 1e3f * (float)(v % 5);   // nothing may overflow
   logits[4 * V + 7] = 1.2e4f;
   floatX *z = dev_acts_(logits, (size_t)R * V);
-  float *losses = dev_floats_(NULL, R), *lse = dev_floats_(NULL, R), *want = host_floats_(R), *want_dz = host_floats_((size_t)R * V);
+  float *losses = dev_floats_(NULL, R), *lse = dev_floats_(NULL, R), *want = host_floats_(R),
+      *want_dz = host_floats_((size_t)R * V);
   int *dev_targets = dev_ints_(targets, R);
   cross_entropy_forward(losses, lse, z, dev_targets, R, V);
   cross_entropy_backward(z, lse, dev_targets, dev_floats_(coef, R), R, V);
@@ -710,7 +739,8 @@ static void random_documents_(int *start, int *pos, int B, int T) {
 // Scores, softmax and weighted sum as the formula says; long enough for several blocks of keys; grouped heads; documents.
 static void test_attention(void) {
   enum { B = 2, T = 150, NH = 6, NKV = 2, HS = 10, QKV = (NH + 2 * NKV) * HS };
-  float *qkv = normals_((size_t)B * T * QKV, 0, 1.5), *want = host_floats_((size_t)B * T * NH * HS), *want_lse = host_floats_((size_t)B * T * NH);
+  float *qkv = normals_((size_t)B * T * QKV, 0, 1.5), *want = host_floats_((size_t)B * T * NH * HS),
+      *want_lse = host_floats_((size_t)B * T * NH);
   int *start = (int *)host_memory_(B * T * sizeof(int)), *pos = (int *)host_memory_(B * T * sizeof(int));
   random_documents_(start + T, pos + T, 1, T);   // the first row of the batch is one document
   floatX *out = dev_acts_(NULL, (size_t)B * T * NH * HS);
@@ -724,7 +754,7 @@ static void test_attention(void) {
       for (int j = 0; j < n; j++) {
         const float *k = qkv + (bt - n + 1 + j) * QKV + (NH + kvh) * HS;
         p[j] = 0;
-        for (int i = 0; i < HS; i++) p[j] += (double)q[i] * (double)k[i] / sqrt(HS);
+        for (int i = 0; i < HS; i++) p[j] += (double)q[i] * (double)k[i] / sqrt((double)HS);
         p[j] = exp(p[j]);
         sum += p[j];
       }
@@ -746,10 +776,12 @@ static void test_adamw(void) {
   const float lr = 1e-2f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, wd = 0.1f, gscale = 0.25f;
   float *p0 = normals_(N, 0, 1), *want = host_floats_(N), *g = host_floats_(N);
   float *p = dev_floats_(p0, N), *m = dev_floats_(NULL, N), *v = dev_floats_(NULL, N), *dev_g = dev_floats_(NULL, N);
-  double *dp = (double *)host_memory_(N * sizeof(double)), *dm = (double *)host_memory_(N * sizeof(double)), *dv = (double *)host_memory_(N * sizeof(double));
+  double *dp = (double *)host_memory_(N * sizeof(double)), *dm = (double *)host_memory_(N * sizeof(double)),
+      *dv = (double *)host_memory_(N * sizeof(double));
   for (int i = 0; i < N; i++) dp[i] = p0[i];
   for (int t = 1; t <= STEPS; t++) {
-    for (int i = 0; i < N; i++) g[i] = i % 17 == 0 ? 0 : (float)(pow(10, i % 7 - 3) * rng_normal(5, RNG_TEST, (uint64_t)(t * N + i)));
+    for (int i = 0; i < N; i++) g[i] = i % 17 == 0 ? 0 : (float)(pow(10, i % 7 - 3) * rng_normal(5, RNG_TEST,
+                                                                                                 (uint64_t)(t * N + i)));
     dev_copy_in(dev_g, g, N * sizeof(float));
     adamw_update(p, m, v, dev_g, N, gscale, lr, beta1, beta2, eps, wd, t);
     for (int i = 0; i < N; i++) {
@@ -868,8 +900,10 @@ static void keep_(OpResults_ *o, const char *variant, const char *name, const vo
 }
 
 // Rows of activations, rows of floats, and sums over rows.
-#define KEEP_ACTS(name, p, width) keep_(o, variant, name, p, (size_t)(width) * sizeof(floatX), (size_t)n * (size_t)(width) * sizeof(floatX))
-#define KEEP_FLOATS(name, p, width) keep_(o, variant, name, p, (size_t)(width) * sizeof(float), (size_t)n * (size_t)(width) * sizeof(float))
+#define KEEP_ACTS(name, p, width) keep_(o, variant, name, p, (size_t)(width) * sizeof(floatX),
+                                        (size_t)n * (size_t)(width) * sizeof(floatX))
+#define KEEP_FLOATS(name, p, width) keep_(o, variant, name, p, (size_t)(width) * sizeof(float),
+                                          (size_t)n * (size_t)(width) * sizeof(float))
 #define KEEP_SUM(name, p, count) keep_(o, variant, name, p, 0, (size_t)(count) * sizeof(float))
 // Rows r0 .. r0+n-1 of an input, on the device.
 #define ROWS(x, width) dev_acts_((x) + (size_t)r0 * (size_t)(width), (size_t)n * (size_t)(width))
@@ -886,11 +920,14 @@ static void keep_qact_(OpResults_ *o, const char *variant, const char *name, con
 
 static void run_row_ops_(OpResults_ *o, const OpInputs_ *in, int r0, int n) {
   const char *variant = "";
-  int *tokens = dev_ints_(in->tokens + r0, (size_t)n), *targets = dev_ints_(in->targets + r0, (size_t)n), *pos = dev_ints_(in->pos + r0, (size_t)n);
-  float *wte = dev_floats_(in->wte, OV_ * OC_), *dwte = dev_floats_(NULL, OV_ * OC_), *rstd = dev_floats_(NULL, (size_t)n * (ONH_ + ONKV_));
+  int *tokens = dev_ints_(in->tokens + r0, (size_t)n), *targets = dev_ints_(in->targets + r0, (size_t)n),
+      *pos = dev_ints_(in->pos + r0, (size_t)n);
+  float *wte = dev_floats_(in->wte, OV_ * OC_), *dwte = dev_floats_(NULL, OV_ * OC_), *rstd = dev_floats_(NULL,
+                                                                                                          (size_t)n * (ONH_ + ONKV_));
   float *gain_c = dev_floats_(in->gain_c, OC_), *gain_f = dev_floats_(in->gain_f, OF_), *gain_h = dev_floats_(in->gain_h, 2 * OHS_);
   float *dgain = dev_floats_(NULL, OC_), *losses = dev_floats_(NULL, (size_t)n), *lse = dev_floats_(NULL, (size_t)n * ONH_);
-  floatX *x = ROWS(in->x, OC_), *dc = ROWS(in->dc, OC_), *qkv = ROWS(in->qkv, OQKV_), *gate_up = ROWS(in->gate_up, 2 * OF_), *y = NEW_ACTS(OC_);
+  floatX *x = ROWS(in->x, OC_), *dc = ROWS(in->dc, OC_), *qkv = ROWS(in->qkv, OQKV_), *gate_up = ROWS(in->gate_up, 2 * OF_),
+      *y = NEW_ACTS(OC_);
 
   embedding_forward(y, tokens, wte, n, OC_);
   KEEP_ACTS("embedding", y, OC_);
@@ -920,7 +957,8 @@ static void run_row_ops_(OpResults_ *o, const OpInputs_ *in, int r0, int n) {
   KEEP_ACTS("rope", heads, OQKV_);
 
   if (r0 % OT_ == 0 && n % OT_ == 0) {   // attention mixes the rows of a sequence
-    int *start = dev_ints_(in->start + r0, (size_t)n), *seq = dev_ints_(in->seq, (size_t)n), *at = (int *)host_memory_((size_t)n * sizeof(int));
+    int *start = dev_ints_(in->start + r0, (size_t)n), *seq = dev_ints_(in->seq, (size_t)n),
+        *at = (int *)host_memory_((size_t)n * sizeof(int));
     for (int r = 0; r < n; r++) at[r] = r % OT_;
     floatX *att = NEW_ACTS(OATT_), *dqkv = NEW_ACTS(OQKV_);
     attention_forward(att, lse, qkv, start, n / OT_, OT_, ONH_, ONKV_, OHS_);
@@ -929,7 +967,8 @@ static void run_row_ops_(OpResults_ *o, const OpInputs_ *in, int r0, int n) {
     attention_backward(dqkv, ROWS(in->datt, OATT_), att, lse, qkv, start, n / OT_, OT_, ONH_, ONKV_, OHS_);
     KEEP_ACTS("attention dqkv", dqkv, OQKV_);
     size_t cache = (size_t)n * ONKV_ * OHS_;
-    attention_cached(att, dev_acts_(NULL, cache), dev_acts_(NULL, cache), qkv, seq, dev_ints_(at, (size_t)n), n, OT_, ONH_, ONKV_, OHS_);
+    attention_cached(att, dev_acts_(NULL, cache), dev_acts_(NULL, cache), qkv, seq, dev_ints_(at, (size_t)n), n, OT_, ONH_, ONKV_,
+                     OHS_);
     KEEP_ACTS("attention_cached", att, OATT_);
   }
 
@@ -969,8 +1008,10 @@ static void run_row_ops_(OpResults_ *o, const OpInputs_ *in, int r0, int n) {
 
 static void run_bitlinear_(OpResults_ *o, const OpInputs_ *in, int r0, int n) {
   static const struct { int bits; float lambda; int precision; const char *name; } forms[] = {
-    {8, 1, PRECISION_BF16, "8 bits, bf16: "}, {8, 1, PRECISION_FP32, "8 bits: "}, {4, 1, PRECISION_FP32, "4 bits: "}, {8, 0.3f, PRECISION_BF16, "lambda 0.3, bf16: "},
-    {8, 0.3f, PRECISION_FP32, "lambda 0.3: "}, {0, 1, PRECISION_BF16, "weights only, bf16: "}, {0, 1, PRECISION_FP32, "weights only: "}};
+    {8, 1, PRECISION_BF16, "8 bits, bf16: "}, {8, 1, PRECISION_FP32, "8 bits: "}, {4, 1, PRECISION_FP32, "4 bits: "},
+        {8, 0.3f, PRECISION_BF16, "lambda 0.3, bf16: "},
+    {8, 0.3f, PRECISION_FP32, "lambda 0.3: "}, {0, 1, PRECISION_BF16, "weights only, bf16: "},
+        {0, 1, PRECISION_FP32, "weights only: "}};
   float *gain_c = dev_floats_(in->gain_c, OC_), *rstd = dev_floats_(NULL, (size_t)n), *bias = dev_floats_(in->bias, ON_);
   float *master = dev_floats_(in->master, ON_ * OC_);
   floatX *x = ROWS(in->x, OC_), *dn = ROWS(in->dn, ON_);
@@ -998,7 +1039,8 @@ static void run_bitlinear_(OpResults_ *o, const OpInputs_ *in, int r0, int n) {
 static void run_optimizer_(OpResults_ *o, const OpInputs_ *in) {
   const char *variant = "";
   size_t count = OR_ * OC_;
-  float *p = dev_floats_(in->x, count), *m = dev_floats_(NULL, count), *v = dev_floats_(NULL, count), *g = dev_floats_(in->dc, count);
+  float *p = dev_floats_(in->x, count), *m = dev_floats_(NULL, count), *v = dev_floats_(NULL, count), *g = dev_floats_(in->dc,
+                                                                                                                       count);
   double *sum = (double *)dev_memory_(sizeof(double));
   for (int t = 1; t <= 3; t++) adamw_update(p, m, v, g, count, 0.7f, 1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, t);
   sum_squares(sum, p, count);
@@ -1034,7 +1076,8 @@ static void test_threads_ops(void) {
     CHECK(more->count == one->count, "%d results, %d", more->count, one->count);
     for (int i = 0; i < one->count; i++) {
       const OpResult_ *a = &one->list[i], *b = &more->list[i];
-      CHECK(a->bytes == b->bytes && same_bits_(a->data, b->data, a->bytes), "%s: %d threads give other bits than one", a->name, threads);
+      CHECK(a->bytes == b->bytes && same_bits_(a->data, b->data, a->bytes), "%s: %d threads give other bits than one", a->name,
+            threads);
     }
     drop_memory_(host_mark, dev_mark);
   }
@@ -1044,7 +1087,8 @@ static void test_threads_ops(void) {
 
 // The rows that any op gives for some rows alone are the rows that it gives for all of them.
 static void test_rows_alone(void) {
-  static const int subsets[][2] = {{0, 1}, {1, 1}, {7, 1}, {599, 1}, {3, 2}, {11, 5}, {250, 13}, {20, 20}, {40, 60}, {17, 300}, {1, 599}};
+  static const int subsets[][2] = {{0, 1}, {1, 1}, {7, 1}, {599, 1}, {3, 2}, {11, 5}, {250, 13}, {20, 20}, {40, 60}, {17, 300},
+                                   {1, 599}};
   OpInputs_ in;
   op_inputs_(&in);
   reserve_scratch_();
@@ -1061,7 +1105,8 @@ static void test_rows_alone(void) {
       compared++;
       for (int r = 0; r < n; r++) {
         const unsigned char *alone = a->data + (size_t)r * a->row_bytes, *beside = b->data + (size_t)(r0 + r) * a->row_bytes;
-        CHECK(same_bits_(alone, beside, a->row_bytes), "%s: row %d has other bits among %d rows than among %d", a->name, r0 + r, n, OR_);
+        CHECK(same_bits_(alone, beside, a->row_bytes), "%s: row %d has other bits among %d rows than among %d", a->name, r0 + r,
+              n, OR_);
       }
     }
     CHECK(compared >= 40, "only %d results were compared", compared);
@@ -1070,641 +1115,29 @@ static void test_rows_alone(void) {
   end_test_();
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Whole models.
-
-enum { BITNET_STYLE, CONVERTED_STYLE, ODD_STYLE, N_STYLES };
-
-// Small models: as we train them; with everything that converted models bring along; with odd sizes and 4 bits.
-static Config small_config_(int style) {
-  Config c;
-  memset(&c, 0, sizeof c);
-  c.dim = 32, c.layers = 2, c.heads = 4, c.kv_heads = 2, c.head_dim = 8, c.ffn_dim = 48, c.vocab = 61, c.max_seq = 160;
-  c.norm_eps = 1e-5f;
-  c.rope_theta = 10000;
-  c.activation = ACT_RELU2;
-  c.attn_sub_norm = c.ffn_sub_norm = c.tie_embeddings = 1;
-  c.act_bits = 8;
-  c.init_std = 0.2f;
-  if (style == CONVERTED_STYLE) {
-    c.activation = ACT_SILU;
-    c.attn_sub_norm = c.ffn_sub_norm = c.tie_embeddings = 0;
-    c.qkv_bias = c.o_bias = c.qk_norm = 1;
-    c.act_bits = 0;
-    c.rope_llama3 = 1;
-    c.rope_factor = 8, c.rope_low_freq = 1, c.rope_high_freq = 4, c.rope_original_max = 64;
-  } else if (style == ODD_STYLE) {
-    c.dim = 27, c.layers = 3, c.heads = 3, c.kv_heads = 1, c.head_dim = 10, c.ffn_dim = 37, c.vocab = 19;
-    c.ffn_sub_norm = 0;
-    c.act_bits = 4;
-  }
-  return c;
-}
-
-// A model with random weights, gains around 1 and biases around 0. T = 0: not for training.
-static void open_model_(Model *m, const Config *c, int precision, int B, int T, int recompute, int codes_only) {
-  model_open(m, c, precision);
-  model_init_random(m, 3);
-  for (int i = 0; i < m->table.count; i++) {
-    const Tensor *t = &m->table.tensors[i];
-    if (!(t->flags & (NORM | BIAS))) continue;
-    float *x = (float *)xmalloc(t->n * sizeof(float));
-    for (size_t k = 0; k < t->n; k++) x[k] = (float)((t->flags & NORM ? 1.0 : 0.0) + 0.2 * rng_normal(4, RNG_TEST, (uint64_t)i << 32 | k));
-    dev_copy_in(m->params + t->offset, x, t->n * sizeof(float));
-    free(x);
-  }
-  if (T > 0) model_alloc_training(m, B, T, recompute, codes_only);
-}
-
-// Random tokens in random documents (or one document a row), a tenth of the targets ignored.
-static void random_batch_(Batch *b, int B, int T, int V, int documents) {
-  batch_alloc(b, B, T);
-  random_documents_(b->start, b->pos, B, T);
-  b->n_targets = 0;
-  for (int i = 0; i < B * T; i++) {
-    if (!documents) {
-      b->start[i] = 0;
-      b->pos[i] = i % T;
-    }
-    b->tokens[i] = test_below_(V);
-    b->targets[i] = test_below_(10) == 0 ? -1 : test_below_(V);
-    b->n_targets += b->targets[i] >= 0;
-  }
-}
-
-// Rows b0 .. b0+B-1 of a batch as a batch that shares its memory.
-static Batch batch_rows_(const Batch *b, int b0, int B) {
-  Batch part = *b;
-  size_t at = (size_t)b0 * (size_t)b->T;
-  part.B = B;
-  part.tokens += at;
-  part.targets += at;
-  part.start += at;
-  part.pos += at;
-  return part;
-}
-
-// Loss and gradients (from zero) of a batch at m's lambda; m->losses, m->grads and the buffers keep the rest.
-static double gradients_(Model *m, const Batch *b, float coef) {
-  float *host_coef = (float *)xmalloc((size_t)m->R * sizeof(float));
-  dev_zero(m->grads, m->table.floats * sizeof(float));
-  double loss = batch_loss(m, b, coef, host_coef, 1);
-  free(host_coef);
-  return loss;
-}
-
-static float *read_grads_(const Model *m) {
-  return read_floats_(m->grads, m->table.floats);
-}
-
-// Checks two arenas tensor by tensor; bound 0 = the same bits. Gains and biases get twice the bound: they have few elements, and
-// each is one sum over all rows (and heads) in which most of the terms cancel.
-static void check_arenas_(const char *what, const Model *m, const float *got, const float *want, double bound) {
-  for (int i = 0; i < m->table.count; i++) {
-    const Tensor *t = &m->table.tensors[i];
-    double error = rel_error(got + t->offset, want + t->offset, t->n), limit = t->flags & (NORM | BIAS) ? 2 * bound : bound;
-    if (bound == 0) CHECK(same_bits_(got + t->offset, want + t->offset, t->n * sizeof(float)), "%s: %s differs, relative error %.3g", what, t->name, error);
-    else CHECK(error <= limit, "%s: %s: relative error %.3g, bound %.3g", what, t->name, error, limit);
-  }
-}
-
-// The forms in which whole models are compared.
-static const struct { int style; float lambda; int precision; const char *name; } model_forms_[] = {
-  {BITNET_STYLE, 1, PRECISION_BF16, "bitnet, lambda 1, bf16"}, {BITNET_STYLE, 1, PRECISION_FP32, "bitnet, lambda 1, fp32"},
-  {BITNET_STYLE, 0.3f, PRECISION_BF16, "bitnet, lambda 0.3, bf16"}, {CONVERTED_STYLE, 1, PRECISION_FP32, "converted, lambda 1, fp32"},
-  {CONVERTED_STYLE, 0, PRECISION_BF16, "converted, lambda 0, bf16"}, {ODD_STYLE, 1, PRECISION_BF16, "odd, lambda 1, bf16"},
-  {ODD_STYLE, 0.3f, PRECISION_FP32, "odd, lambda 0.3, fp32"}};
-
-// Two whole steps with 1, 2 and 3 threads: losses, gradients, norm and parameters have the same bits.
-static void test_threads_model(void) {
-  for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
-    Config c = small_config_(model_forms_[f].style);
-    Batch b;
-    random_batch_(&b, 3, 150, c.vocab, 1);
-    float *params[3], *grads[3];
-    double loss[3], norm[3];
-    for (int threads = 1; threads <= 3; threads++) {
-      Model m;
-      set_threads_(threads);
-      open_model_(&m, &c, model_forms_[f].precision, 3, 150, 0, 0);
-      for (int t = 1; t <= 2; t++) {
-        model_quantize(&m, model_forms_[f].lambda);
-        loss[threads - 1] = gradients_(&m, &b, 1.0f / (float)b.n_targets);
-        norm[threads - 1] = grad_norm(&m);
-        adamw_step(&m, 0.5f, 0.01, 0.1, 0.9, 0.95, 1e-8, t);
-      }
-      params[threads - 1] = read_floats_(m.params, m.table.floats);
-      grads[threads - 1] = read_grads_(&m);
-      CHECK(isfinite(loss[threads - 1]) && norm[threads - 1] > 0, "%s: loss %g, norm %g", model_forms_[f].name, loss[threads - 1], norm[threads - 1]);
-      if (threads > 1) {
-        CHECK(loss[threads - 1] == loss[0] && norm[threads - 1] == norm[0], "%s: loss %.17g, %.17g with one thread", model_forms_[f].name, loss[threads - 1], loss[0]);
-        check_arenas_(model_forms_[f].name, &m, grads[threads - 1], grads[0], 0);
-        check_arenas_(model_forms_[f].name, &m, params[threads - 1], params[0], 0);
-      }
-      model_free(&m);
-    }
-    batch_free(&b);
-    end_test_();
-  }
-  set_threads_(0);
-}
-
-static void test_recompute(void) {
-  for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
-    Config c = small_config_(model_forms_[f].style);
-    Batch b;
-    float *grads[2];
-    double loss[2];
-    random_batch_(&b, 2, 35, c.vocab, 1);
-    for (int recompute = 0; recompute < 2; recompute++) {
-      Model m;
-      open_model_(&m, &c, model_forms_[f].precision, 2, 35, recompute, model_forms_[f].lambda == 1);
-      model_quantize(&m, model_forms_[f].lambda);
-      loss[recompute] = gradients_(&m, &b, 0.01f);
-      grads[recompute] = read_grads_(&m);
-      if (recompute) check_arenas_(model_forms_[f].name, &m, grads[1], grads[0], 0);
-      for (int i = 0; i < m.table.count; i++) {   // every tensor takes part
-        const Tensor *t = &m.table.tensors[i];
-        double sum = 0;
-        for (size_t k = 0; k < t->n; k++) sum += fabs((double)grads[recompute][t->offset + k]);
-        CHECK(isfinite(sum) && sum > 0, "%s: the gradient of %s is %g", model_forms_[f].name, t->name, sum);
-      }
-      model_free(&m);
-    }
-    CHECK(loss[0] == loss[1], "%s: loss %.17g, %.17g with recompute", model_forms_[f].name, loss[0], loss[1]);
-    batch_free(&b);
-    end_test_();
-  }
-}
-
-static void test_micro_batches(void) {
-  for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
-    Config c = small_config_(model_forms_[f].style);
-    Model whole, half;
-    Batch b;
-    float coef, host_coef[2 * 35];
-    random_batch_(&b, 4, 35, c.vocab, 1);
-    coef = 1.0f / (float)b.n_targets;
-    open_model_(&whole, &c, model_forms_[f].precision, 4, 35, 0, 0);
-    open_model_(&half, &c, model_forms_[f].precision, 2, 35, 0, 0);
-    model_quantize(&whole, model_forms_[f].lambda);
-    model_quantize(&half, model_forms_[f].lambda);
-    double loss = gradients_(&whole, &b, coef);
-    Batch first = batch_rows_(&b, 0, 2), second = batch_rows_(&b, 2, 2);
-    double loss1 = gradients_(&half, &first, coef), loss2 = batch_loss(&half, &second, coef, host_coef, 1);
-    CHECK(fabs(loss1 + loss2 - loss) <= 1e-14 * loss, "%s: losses %.17g + %.17g, in one batch %.17g", model_forms_[f].name, loss1, loss2, loss);
-    check_arenas_(model_forms_[f].name, &half, read_grads_(&half), read_grads_(&whole), 1e-6);
-    model_free(&whole);
-    model_free(&half);
-    batch_free(&b);
-    end_test_();
-  }
-}
-
-// The classifier in chunks of 7 rows and in one piece: the same losses and gradient of the last hidden state.
-static void test_head_chunks(void) {
-  for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
-    Config c = small_config_(model_forms_[f].style);
-    Model m;
-    Batch b;
-    random_batch_(&b, 2, 35, c.vocab, 0);
-    open_model_(&m, &c, model_forms_[f].precision, 2, 35, 0, 0);
-    model_quantize(&m, model_forms_[f].lambda);
-    size_t n = (size_t)m.R * (size_t)c.dim;
-    CHECK(m.head_rows == m.R, "%d rows of logits at a time for %d rows", m.head_rows, m.R);
-    double loss = gradients_(&m, &b, 0.01f);
-    float *grads = read_grads_(&m), *losses = read_floats_(m.losses, (size_t)m.R), *dfinal[2];
-    for (int chunked = 0; chunked < 2; chunked++) {   // the heads alone: model_backward may use dfinal for something else
-      m.head_rows = chunked ? 7 : m.R;
-      head_cross_entropy(&m, 1);
-      dfinal[chunked] = read_acts_(m.dfinal, n);
-    }
-    CHECK(same_bits_(dfinal[0], dfinal[1], n * sizeof(float)), "%s: dfinal differs", model_forms_[f].name);
-    CHECK(gradients_(&m, &b, 0.01f) == loss, "%s: loss differs", model_forms_[f].name);
-    CHECK(same_bits_(losses, read_floats_(m.losses, (size_t)m.R), (size_t)m.R * sizeof(float)), "%s: losses differ", model_forms_[f].name);
-    check_arenas_(model_forms_[f].name, &m, read_grads_(&m), grads, 1e-6);
-    model_free(&m);
-    batch_free(&b);
-    end_test_();
-  }
-  // A large vocabulary really is cut: 16 MiB of logits.
-  Config c = small_config_(BITNET_STYLE);
-  c.vocab = 1 << 16;
-  CHECK(head_rows_(&c, 1000) * (int)sizeof(floatX) == 256 && head_rows_(&c, 10) == 10, "%d rows", head_rows_(&c, 1000));
-}
-
-// Documents in one row of a batch give the bits that they give alone.
-static void test_packed_documents(void) {
-  static const int lengths[] = {13, 1, 70, 6};
-  for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
-    Config c = small_config_(model_forms_[f].style);
-    size_t C = (size_t)c.dim;
-    Model packed;
-    Batch b;
-    int T = 90, t0 = 0;
-    random_batch_(&b, 1, T, c.vocab, 0);
-    for (size_t d = 0; d < ARRAY_LEN(lengths); t0 += lengths[d++]) {
-      for (int t = 0; t < lengths[d]; t++) {
-        b.start[t0 + t] = t0;
-        b.pos[t0 + t] = t;
-      }
-    }
-    open_model_(&packed, &c, model_forms_[f].precision, 1, T, 0, 0);
-    model_quantize(&packed, model_forms_[f].lambda);
-    gradients_(&packed, &b, 0.01f);
-    float *final = read_acts_(packed.final, (size_t)T * C), *losses = read_floats_(packed.losses, (size_t)T), *want = read_grads_(&packed);
-    float *sum = host_floats_(packed.table.floats);
-    t0 = 0;
-    for (size_t d = 0; d < ARRAY_LEN(lengths); t0 += lengths[d++]) {
-      Model alone;
-      Batch part;
-      int n = lengths[d];
-      random_batch_(&part, 1, n, c.vocab, 0);
-      memcpy(part.tokens, b.tokens + t0, (size_t)n * sizeof(int));
-      memcpy(part.targets, b.targets + t0, (size_t)n * sizeof(int));
-      open_model_(&alone, &c, model_forms_[f].precision, 1, n, 0, 0);
-      model_quantize(&alone, model_forms_[f].lambda);
-      gradients_(&alone, &part, 0.01f);
-      CHECK(same_bits_(read_acts_(alone.final, (size_t)n * C), final + (size_t)t0 * C, (size_t)n * C * sizeof(float)), "%s: document %zu", model_forms_[f].name, d);
-      CHECK(same_bits_(read_floats_(alone.losses, (size_t)n), losses + t0, (size_t)n * sizeof(float)), "%s: losses of document %zu", model_forms_[f].name, d);
-      float *g = read_grads_(&alone);
-      for (size_t i = 0; i < alone.table.floats; i++) sum[i] += g[i];
-      model_free(&alone);
-      batch_free(&part);
-    }
-    check_arenas_(model_forms_[f].name, &packed, sum, want, 1e-6);
-    model_free(&packed);
-    batch_free(&b);
-    end_test_();
-  }
-}
-
-// At lambda = 0 quantisers are exactly not there: act_bits = 8 and act_bits = 0 give the same bits.
-static void test_lambda_zero(void) {
-  for (int style = 0; style < N_STYLES; style++) {
-    Config c = small_config_(style);
-    float *grads[2];
-    double loss[2];
-    Batch b;
-    random_batch_(&b, 2, 35, c.vocab, 1);
-    for (int i = 0; i < 2; i++) {
-      Model m;
-      c.act_bits = i ? 8 : 0;
-      open_model_(&m, &c, PRECISION_FP32, 2, 35, 0, 0);
-      model_quantize(&m, 0);
-      loss[i] = gradients_(&m, &b, 0.01f);
-      grads[i] = read_grads_(&m);
-      if (i) check_arenas_("act_bits 8 and 0", &m, grads[1], grads[0], 0);
-      model_quantize(&m, 1);   // and the quantisers are there at lambda = 1
-      CHECK(gradients_(&m, &b, 0.01f) != loss[i], "style %d: lambda changes nothing", style);
-      model_free(&m);
-    }
-    CHECK(loss[0] == loss[1], "style %d: loss %.17g, %.17g with act_bits = 8", style, loss[0], loss[1]);
-    batch_free(&b);
-    end_test_();
-  }
-}
-
-// One weight that is NaN or infinite, in any tensor, shows in the loss and in the gradient norm.
-static void test_nan_visible(void) {
-  for (int style = 0; style < N_STYLES; style++) {
-    for (int form = 0; form < 4; form++) {
-      Config c = small_config_(style);
-      Model m;
-      Batch b;
-      const float bad = form % 2 ? INFINITY : NAN, lambda = form / 2 ? 1.0f : 0.3f;
-      random_batch_(&b, 1, 20, c.vocab, 0);
-      open_model_(&m, &c, PRECISION_BF16, 1, 20, 0, 0);
-      for (int i = 0; i < m.table.count; i++) {
-        const Tensor *t = &m.table.tensors[i];
-        float old;
-        size_t at = t->offset + (t->flags & EMBED ? (size_t)b.tokens[3] * (size_t)c.dim : 0);   // a row of the table that is used
-        dev_copy_out(&old, m.params + at, sizeof old);
-        dev_copy_in(m.params + at, &bad, sizeof bad);
-        model_quantize(&m, lambda);
-        double loss = gradients_(&m, &b, 0.01f), norm = grad_norm(&m);
-        CHECK(!isfinite(loss), "style %d, lambda %g: %s holds %g and the loss is %g", style, (double)lambda, t->name, (double)bad, loss);
-        CHECK(!isfinite(norm), "style %d, lambda %g: %s holds %g and the norm is %g", style, (double)lambda, t->name, (double)bad, norm);
-        dev_copy_in(m.params + at, &old, sizeof old);
-      }
-      model_free(&m);
-      batch_free(&b);
-      end_test_();
-    }
-  }
-}
-
-/*
-A whole optimizer step asks for no memory. alloc_guard stops every xmalloc and dev_malloc; test_allocations, counted by test_bitnet.c,
-sees calls that go around them.
-*/
-static void test_no_allocation(void) {
-  for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
-    for (int recompute = 0; recompute < 2; recompute++) {
-      Config c = small_config_(model_forms_[f].style);
-      Model m;
-      Batch b;
-      float coef[2 * 35];
-      random_batch_(&b, 2, 35, c.vocab, 1);
-      open_model_(&m, &c, model_forms_[f].precision, 2, 35, recompute, 0);
-      long before = test_allocations;
-      alloc_guard = 1;
-      model_quantize(&m, model_forms_[f].lambda);
-      batch_loss(&m, &b, 0.01f, coef, 1);
-      batch_loss(&m, &b, 0.01f, coef, 1);
-      double norm = grad_norm(&m);
-      adamw_step(&m, 1, 1e-3, 0.1, 0.9, 0.95, 1e-8, 1);
-      alloc_guard = 0;
-      CHECK(test_allocations == before, "%s: %ld allocations inside a step", model_forms_[f].name, test_allocations - before);
-      CHECK(norm > 0, "norm %g", norm);
-      model_free(&m);
-      batch_free(&b);
-    }
-  }
-  long before = test_allocations;   // the counter counts
-  free(xmalloc(1));
-  dev_free(dev_malloc(1));
-  CHECK(test_allocations > before, "test_allocations does not count");
-  end_test_();
-}
-
 #ifdef BITNET_MATMUL_H
-// The table of memory that is printed before a run is what the run then takes.
-static void test_memory_forecast(void) {
-  reserve_scratch_();   // more than these models need: what is counted below is not scratch
-  for (int style = 0; style < N_STYLES; style++) {
-    for (int form = 0; form < 4; form++) {
-      Config c = small_config_(style);
-      Model m;
-      int recompute = form % 2, codes_only = form / 2;
-      Memory forecast = model_memory(&c, 2, 35, recompute, codes_only);
-      size_t before = test_device_bytes;
-      model_open(&m, &c, PRECISION_FP32);
-      model_alloc_training(&m, 2, 35, recompute, codes_only);
-      size_t taken = test_device_bytes - before, want = forecast.total - forecast.scratch;
-      CHECK(taken >= want && taken <= want + 64 * 8, "style %d, form %d: %zu bytes taken, %zu forecast", style, form, taken, want);
-      model_free(&m);
-    }
-  }
-}
-#endif
-
-// ---------------------------------------------------------------------------------------------------------
-// Decoding with a cache.
-
-// The logits [T,V] of training's forward pass over the tokens of a batch of one row.
-static float *training_logits_(Model *m, const Batch *b) {
-  size_t n = (size_t)m->R * (size_t)m->c.vocab;
-  floatX *logits = dev_acts_(NULL, n);
-  gradients_(m, b, 0.01f);
-  model_forward(m);
-  linear_forward(logits, m->final, m->params + m->table.head, m->R, m->c.vocab, m->c.dim, m->precision);
-  return read_acts_(logits, n);
-}
-
-/*
-Two sequences in one cache. A prompt in one call, in pieces of 37 tokens, token by token, and both sequences mixed: every position's
-logits have the bits of training's forward pass.
-*/
-static void test_decode(void) {
-  enum { T = 150 };
-  static const int pieces[] = {T, 37, 1};
-  for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
-    Config c = small_config_(model_forms_[f].style);
-    size_t row = (size_t)c.vocab * sizeof(float);
-    Model m;
-    Batch b, rows[2];
-    float *want[2];
-    int codes_only = model_forms_[f].lambda == 1, seq[2 * T], pos[2 * T], tokens[2 * T];
-    random_batch_(&b, 2, T, c.vocab, 0);
-    open_model_(&m, &c, model_forms_[f].precision, 1, T, 0, 0);
-    model_quantize(&m, model_forms_[f].lambda);
-    for (int i = 0; i < 2; i++) {
-      rows[i] = batch_rows_(&b, i, 1);
-      want[i] = training_logits_(&m, &rows[i]);
-    }
-    Session s;
-    session_open(&s, &m, 3, T + 5, 2 * T, codes_only);
-    for (size_t k = 0; k < ARRAY_LEN(pieces); k++) {
-      for (int t0 = 0; t0 < T; t0 += pieces[k]) {
-        int n = T - t0 < pieces[k] ? T - t0 : pieces[k];
-        for (int t = 0; t < n; t++) {
-          seq[t] = 2;   // what an earlier round has left in this cache is overwritten
-          pos[t] = t0 + t;
-        }
-        const float *logits = session_forward(&s, rows[k & 1].tokens + t0, seq, pos, n);
-        CHECK(same_bits_(logits, want[k & 1] + (size_t)t0 * (size_t)c.vocab, (size_t)n * row), "%s: pieces of %d, position %d on", model_forms_[f].name, pieces[k], t0);
-      }
-    }
-    int n = 0;
-    for (int t = 0; t < T; t++) {
-      for (int i = 0; i < 2; i++, n++) {
-        seq[n] = i;
-        pos[n] = t;
-        tokens[n] = rows[i].tokens[t];
-      }
-    }
-    const float *logits = session_forward(&s, tokens, seq, pos, n);
-    for (int i = 0; i < n; i++) CHECK(same_bits_(logits + i * c.vocab, want[seq[i]] + pos[i] * c.vocab, row), "%s: two sequences, row %d", model_forms_[f].name, i);
-    session_free(&s);
-    model_free(&m);
-    batch_free(&b);
-    end_test_();
-  }
-}
-
-static int tokens_seen_;   // by count_token_
-
-static void count_token_(void *ctx, int prompt, int token) {
-  const Prompt *prompts = (const Prompt *)ctx;
-  tokens_seen_++;
-  CHECK(prompts[prompt].out[prompts[prompt].n_out - 1] == token, "on_token came before its token");
-}
-
-// Prompts of different lengths continued together, in small pieces, and one at a time: the same tokens.
-static void test_generate(void) {
-  enum { N = 5, MAX_NEW = 40, LONGEST = 61 };
-  static const int lengths[N] = {1, 30, LONGEST, 7, 12};
-  static const Sampler samplers[] = {{0, 0, 1, 1}, {1, 0, 1, 2}, {0.7, 10, 1, 3}, {1.3, 0, 0.8, 4}};
-  Config c = small_config_(BITNET_STYLE);
-  Model m;
-  int ids[N][LONGEST], out[3][N][MAX_NEW], eos_came = 0, no_eos = 0;
-  open_model_(&m, &c, PRECISION_BF16, 0, 0, 0, 1);
-  model_quantize(&m, 1);
-  for (int i = 0; i < N; i++) {
-    for (int t = 0; t < lengths[i]; t++) ids[i][t] = test_below_(c.vocab);
-  }
-  for (size_t k = 0; k < ARRAY_LEN(samplers); k++) {
-    Prompt prompts[3][N];
-    int eos = samplers[k].temperature > 0 ? 5 : -1, V = c.vocab - 3;   // the last three ids only pad the table
-    for (int way = 0; way < 3; way++) {   // together; together in pieces of 8 rows; one at a time
-      Session s;
-      tokens_seen_ = 0;
-      for (int i = 0; i < N; i++) {
-        Prompt p = {ids[i], lengths[i], (uint64_t)(100 + i), out[way][i], -1, -1};
-        prompts[way][i] = p;
-      }
-      session_open(&s, &m, way == 2 ? 1 : N, 90, way == 0 ? 128 : way == 1 ? 8 : 70, 1);
-      if (way < 2) generate(&s, &samplers[k], prompts[way], N, MAX_NEW, eos, V, count_token_, prompts[way]);
-      else for (int i = 0; i < N; i++) generate(&s, &samplers[k], &prompts[way][i], 1, MAX_NEW, eos, V, count_token_, &prompts[way][i]);
-      session_free(&s);
-      int total = 0;
-      for (int i = 0; i < N; i++) {
-        const Prompt *p = &prompts[way][i], *first = &prompts[0][i];
-        int room = 90 - lengths[i] + 1 < MAX_NEW ? 90 - lengths[i] + 1 : MAX_NEW;   // the newest token need not be in the cache
-        CHECK(p->n_out == first->n_out && p->ended == first->ended, "way %d, prompt %d: %d tokens, together %d", way, i, p->n_out, first->n_out);
-        CHECK(p->ended ? p->n_out <= room : p->n_out == room, "way %d, prompt %d: %d tokens, room for %d", way, i, p->n_out, room);
-        CHECK(same_bits_(p->out, first->out, (size_t)p->n_out * sizeof(int)), "sampler %zu, way %d: prompt %d went on in another way", k, way, i);
-        for (int t = 0; t < p->n_out; t++) CHECK(p->out[t] >= 0 && p->out[t] < V && p->out[t] != eos, "token %d", p->out[t]);
-        total += p->n_out;
-        if (p->ended) eos_came = 1;
-        else no_eos = 1;
-      }
-      CHECK(tokens_seen_ == total, "on_token was called %d times for %d tokens", tokens_seen_, total);
-    }
-  }
-  CHECK(eos_came && no_eos, "the end token never came, or always");
-
-  // Greedy decoding is the argmax of training's forward pass over prompt and answer.
-  Model trained;
-  Batch b;
-  Prompt p = {ids[3], 7, 0, out[0][0], 0, 0};
-  Session s;
-  session_open(&s, &m, 1, 90, 70, 1);
-  generate(&s, &samplers[0], &p, 1, MAX_NEW, -1, c.vocab, NULL, NULL);
-  random_batch_(&b, 1, 7 + MAX_NEW, c.vocab, 0);
-  memcpy(b.tokens, ids[3], 7 * sizeof(int));
-  memcpy(b.tokens + 7, p.out, MAX_NEW * sizeof(int));
-  open_model_(&trained, &c, PRECISION_BF16, 1, 7 + MAX_NEW, 0, 1);
-  model_quantize(&trained, 1);
-  float *logits = training_logits_(&trained, &b);
-  for (int t = 0; t < MAX_NEW; t++) {
-    const float *z = logits + (6 + t) * c.vocab;
-    int best = 0;
-    for (int v = 1; v < c.vocab; v++) best = z[v] > z[best] ? v : best;
-    CHECK(p.out[t] == best, "new token %d is %d, the most likely one is %d", t, p.out[t], best);
-  }
-
-  // Nothing asked for, nothing done.
-  generate(&s, &samplers[0], &p, 1, 0, -1, c.vocab, NULL, NULL);
-  CHECK(p.n_out == 0 && p.ended == 0, "%d tokens for max_new = 0", p.n_out);
-  session_free(&s);
-  model_free(&trained);
-  model_free(&m);
-  batch_free(&b);
-  end_test_();
-}
-
-enum { SAMPLE_V_ = 12, SAMPLE_DRAWS_ = 30000 };
-
-/*
-Chi-square of SAMPLE_DRAWS_ draws against probabilities p (0: must never come). Its mean is the number of possible tokens - 1 and its
-standard deviation the root of twice that; five of them is the bound. The seed is fixed, so the verdict is always the same.
-*/
-static void check_frequencies_(const char *name, const Sampler *s, const float *logits, const double *p) {
-  int counts[SAMPLE_V_] = {0}, possible = 0;
-  double chi2 = 0;
-  float probs[SAMPLE_V_];
-  for (int i = 0; i < SAMPLE_DRAWS_; i++) counts[sample_token(s, logits, SAMPLE_V_, (uint64_t)(i / 100), (uint64_t)(i % 100), probs)]++;
-  for (int v = 0; v < SAMPLE_V_; v++) {
-    double want = p[v] * SAMPLE_DRAWS_;
-    if (p[v] == 0) CHECK(counts[v] == 0, "%s: token %d came %d times and was cut off", name, v, counts[v]);
-    else chi2 += (counts[v] - want) * (counts[v] - want) / want;
-    possible += p[v] > 0;
-  }
-  CHECK(chi2 < possible - 1 + 5 * sqrt(2.0 * (possible - 1)) + 1e-9, "%s: chi-square %.1f with %d possible tokens", name, chi2, possible);
-}
-
-static void test_sampler(void) {
-  float logits[SAMPLE_V_], probs[SAMPLE_V_];
-  double p[SAMPLE_V_];
-  // Token v has rank 5v mod 12 and a probability proportional to e^(-rank/3).
-  int order[SAMPLE_V_];
-  for (int v = 0; v < SAMPLE_V_; v++) {
-    logits[v] = 4.0f - (float)(5 * v % SAMPLE_V_) / 3.0f;
-    order[5 * v % SAMPLE_V_] = v;
-  }
-  static const struct { const char *name; double temperature; int top_k; double top_p; int kept; } cases[] = {
-    {"all", 1, 0, 1, 12}, {"hot", 2, 0, 1, 12}, {"cold", 0.5, 0, 1, 12}, {"top_k 4", 1, 4, 1, 4}, {"top_k 1", 1, 1, 1, 1}, {"top_k 12", 1, 12, 1, 12},
-    {"top_k 100", 1, 100, 1, 12}, {"top_p 0.5", 1, 0, 0.5, 3}, {"top_p 0.9", 1, 0, 0.9, 7}, {"top_p tiny", 1, 0, 1e-9, 1}, {"both, k cuts", 1, 2, 0.9, 2},
-    {"both, p cuts", 1, 9, 0.5, 3}, {"top_p of a hot one", 2, 0, 0.5, 4}};
-  for (size_t i = 0; i < ARRAY_LEN(cases); i++) {
-    Sampler s = {cases[i].temperature, cases[i].top_k, cases[i].top_p, 77};
-    double sum = 0, mass = 0, all = 0;
-    for (int rank = 0; rank < SAMPLE_V_; rank++) all += exp(-rank / 3.0 / cases[i].temperature);
-    for (int rank = 0; rank < cases[i].kept; rank++) sum += exp(-rank / 3.0 / cases[i].temperature);
-    for (int rank = 0; rank < SAMPLE_V_; rank++) p[order[rank]] = rank < cases[i].kept ? exp(-rank / 3.0 / cases[i].temperature) / sum : 0;
-    // What the table of cases says about top_p follows from its definition.
-    if (cases[i].top_p < 1 && cases[i].top_k == 0) {
-      int need = 0;
-      while (mass < cases[i].top_p) mass += exp(-need++ / 3.0 / cases[i].temperature) / all;
-      CHECK(need == cases[i].kept, "%s keeps %d", cases[i].name, need);
-    }
-    check_frequencies_(cases[i].name, &s, logits, p);
-  }
-
-  // Ties at the threshold all stay: three equal logits, top_k = 2.
-  for (int v = 0; v < SAMPLE_V_; v++) {
-    p[v] = v == 2 || v == 5 || v == 11 ? 1.0 / 3 : 0;
-    logits[v] = p[v] > 0 ? 1.0f : -1.0f;
-  }
-  Sampler tie = {1, 2, 1, 5}, greedy = {0, 5, 0.5, 1}, a = {1, 0, 1, 5}, b = {1, 0, 1, 6};
-  check_frequencies_("tie", &tie, logits, p);
-
-  // Temperature 0 is the argmax, the first of several; huge logits do not overflow.
-  CHECK(sample_token(&greedy, logits, SAMPLE_V_, 0, 0, probs) == 2, "the first of the best");
-  logits[7] = 1e30f;
-  CHECK(sample_token(&greedy, logits, SAMPLE_V_, 1, 9, probs) == 7 && sample_token(&a, logits, SAMPLE_V_, 1, 9, probs) == 7, "argmax");
-  CHECK(sample_token(&a, logits, 7, 1, 9, probs) < 7, "an id outside of the vocabulary");
-
-  // A draw is a function of (seed, sequence, position), and each of them matters.
-  int differs[3] = {0, 0, 0};
-  for (int v = 0; v < SAMPLE_V_; v++) logits[v] = 0;
-  for (uint64_t i = 0; i < 50; i++) {
-    int x = sample_token(&a, logits, SAMPLE_V_, 3, i, probs);
-    CHECK(x == sample_token(&a, logits, SAMPLE_V_, 3, i, probs), "two draws of one number");
-    differs[0] += x != sample_token(&b, logits, SAMPLE_V_, 3, i, probs);
-    differs[1] += x != sample_token(&a, logits, SAMPLE_V_, 4, i, probs);
-    differs[2] += x != sample_token(&a, logits, SAMPLE_V_, 3, i + 50, probs);
-  }
-  for (int i = 0; i < 3; i++) CHECK(differs[i] > 30, "seed, sequence and position: only %d of 50 draws differ", differs[i]);
-}
-
-#ifdef BITNET_MATMUL_H
-#define CPU_TESTS_                                                                                                    \
-  {"exp_fast", "error of the fast exponential", test_exp_fast},                                                       \
-  {"gemm_i8", "int8 x ternary at odd shapes, exact sums", test_gemm_i8},                                              \
-  {"gemm_i8_twin", "the fast integer kernel and its plain twin", test_gemm_i8_twin},                                  \
-  {"gemm_f32", "float products in every form at odd shapes", test_gemm_f32},                                          \
-  {"memory_forecast", "the memory table is what is allocated", test_memory_forecast},
+#define CPU_TESTS_                                                                    \
+  {"exp_fast", "error of the fast exponential", test_exp_fast},                       \
+  {"gemm_i8", "int8 x ternary at odd shapes, exact sums", test_gemm_i8},              \
+  {"gemm_i8_twin", "the fast integer kernel and its plain twin", test_gemm_i8_twin},  \
+  {"gemm_f32", "float products in every form at odd shapes", test_gemm_f32},
 #else
 #define CPU_TESTS_
 #endif
 
-#define OPS_TESTS                                                                                                     \
-  CPU_TESTS_                                                                                                          \
-  {"quant_weights", "absmean codes: ties, floor, NaN, scale of each matrix", test_quant_weights},                     \
-  {"quant_activations", "absmax codes: ties, clamping, floor, 4 bits, lambda, NaN", test_quant_activations},          \
-  {"pack4", "four codes in a byte, damaged code 3", test_pack4},                                                      \
-  {"schedules", "lambda, learning rate, weight decay", test_schedules},                                               \
-  {"fused", "norm + quantise and gate + norm + quantise in one pass", test_fused},                                    \
-  {"packed_vs_fake", "BitLinear forward and backward against double", test_packed_vs_fake},                           \
-  {"cross_entropy", "losses and gradients against double, ignored targets, NaN", test_cross_entropy},                 \
-  {"attention", "softmax over documents and grouped heads against double", test_attention},                           \
-  {"adamw", "five updates against double", test_adamw},                                                               \
-  {"sum_squares", "against a plain sum, any length", test_sum_squares},                                               \
-  {"threads_ops", "every op: the same bits with 1, 2, 3 threads", test_threads_ops},                                  \
-  {"rows_alone", "every op: a row has the same bits alone", test_rows_alone},                                         \
-  {"threads_model", "two whole steps: the same bits with 1, 2, 3 threads", test_threads_model},                       \
-  {"recompute", "the same gradients with and without stored activations", test_recompute},                            \
-  {"micro_batches", "two micro-batches are one batch", test_micro_batches},                                           \
-  {"head_chunks", "the classifier in pieces of 7 rows", test_head_chunks},                                            \
-  {"packed_documents", "documents in one row are documents alone", test_packed_documents},                            \
-  {"lambda_zero", "without lambda there are no quantisers", test_lambda_zero},                                        \
-  {"nan_visible", "a damaged weight reaches the loss and the norm", test_nan_visible},                                \
-  {"no_allocation", "a step asks for no memory", test_no_allocation},                                                 \
-  {"decode", "cached decoding has the bits of training's forward pass", test_decode},                                 \
-  {"generate", "prompts together, in pieces, one at a time", test_generate},                                          \
-  {"sampler", "temperature, top_k, top_p against exact probabilities", test_sampler}
+#define OPS_TESTS                                                                                             \
+  CPU_TESTS_                                                                                                  \
+  {"quant_weights", "absmean codes: ties, floor, NaN, scale of each matrix", test_quant_weights},             \
+  {"quant_activations", "absmax codes: ties, clamping, floor, 4 bits, lambda, NaN", test_quant_activations},  \
+  {"pack4", "four codes in a byte, damaged code 3", test_pack4},                                              \
+  {"schedules", "lambda, learning rate, weight decay", test_schedules},                                       \
+  {"fused", "norm + quantise and gate + norm + quantise in one pass", test_fused},                            \
+  {"packed_vs_fake", "BitLinear forward and backward against double", test_packed_vs_fake},                   \
+  {"cross_entropy", "losses and gradients against double, ignored targets, NaN", test_cross_entropy},         \
+  {"attention", "softmax over documents and grouped heads against double", test_attention},                   \
+  {"adamw", "five updates against double", test_adamw},                                                       \
+  {"sum_squares", "against a plain sum, any length", test_sum_squares},                                       \
+  {"threads_ops", "every op: the same bits with 1, 2, 3 threads", test_threads_ops},                          \
+  {"rows_alone", "every op: a row has the same bits alone", test_rows_alone}
 
 #endif
