@@ -1,22 +1,29 @@
 /*
 matmul.h: the inner products of the CPU. Nearly all the time of a training step is spent in this file.
 
-What it is:  two products, each packed into panels and blocked for registers and caches:
-               gemm_f32   C = A B       float operands, B may be int8 codes; all three products of the backward pass
-               gemm_i8    y = q w'      int8 activations times ternary weights, summed in int32: the forward at lambda = 1
+What it is:  three products, the large ones packed into panels and blocked for registers and caches:
+               gemm      C = A B      float operands, B may be int8 codes; both products of the backward pass, the classifier, and
+                                      the forward pass while lambda < 1
+               gemm_i8   y = q w'     int8 activations times ternary weights, summed in int32: the forward pass at lambda = 1
+               small_product   what attention multiplies, in place and without packing
+             in several kernels, chosen when the program is compiled for the machine's instructions:
+               fp32      vectors of the compiler, any machine           int8   plain C, any machine
+               bf16      AVX-512 BF16, 2 products a lane                       AVX-512 VNNI, 4 products a lane
+               bf16      AMX, 16 x 16 x 32 in one instruction                  AMX, 16 x 16 x 64 in one instruction
 What not:    no policy and no shapes of the network; train_bitnet.c decides what is multiplied by what.
 Read before: bitnet/ops.h.
-Defines:     exp_fast; Product, gemm_f32, gemm_scratch_bytes; ternary_panel_bytes, ternary_pack_panels, gemm_i8.
+Defines:     exp_fast; Product, gemm, gemm_scratch_bytes; small_product; ternary_panel_bytes, ternary_pack_panels, gemm_i8.
 
 How a fast product works. A value that was loaded should be used as often as possible before it leaves the register. So C
-is computed in tiles of MR x NR that live in registers: each step of the inner loop loads NR values of B and MR of A
-and does MR*NR multiply-adds. To feed that loop with plain sequential loads, A and B are first copied ("packed") into
-panels in exactly the order in which the tile will read them; the copy also converts (int8 -> float, float -> bf16
-precision), transposes where the operand lies the other way, and multiplies scales in. A block of A is small enough for
+is computed in tiles of mr x nr that live in registers: each step of the inner loop loads nr values of B and mr of A
+and does mr*nr multiply-adds. To feed that loop with plain sequential loads, A and B are first copied ("packed") into
+panels in exactly the order in which the tile will read them; the copy also converts (int8 -> float, float -> bf16),
+transposes where the operand lies the other way, and multiplies scales in. A block of A is small enough for
 the L2 cache, a panel of B for L1.
 
-Determinism. Every element of C is summed over k in the same order, in blocks of KC, whatever the number of threads, the tile it
-falls into or the number of rows beside it: edge tiles run the same kernel on panels padded with zeros.
+Determinism. Every element of C is summed over k in the same order, in blocks of kc, whatever the number of threads, the tile it
+falls into or the number of rows beside it: edge tiles run the same kernel on panels padded with zeros. Integer sums are exact, so there
+any kernel may take any part.
 */
 #ifndef BITNET_MATMUL_H
 #define BITNET_MATMUL_H
@@ -26,9 +33,17 @@ falls into or the number of rows beside it: edge tiles run the same kernel on pa
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#if defined(__AVX512VNNI__) && !defined(BITNET_SCALAR)
+// BITNET_SCALAR compiles the plain kernels only; BITNET_FLOAT64 is the build for finite differences.
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && !defined(BITNET_SCALAR) && !defined(BITNET_FLOAT64)
 #include <immintrin.h>
 #define BITNET_VNNI 1
+#ifdef __AVX512BF16__
+#define BITNET_BF16 1
+#endif
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
+#include <sys/syscall.h>
+#define BITNET_AMX 1
+#endif
 #endif
 
 // Vectors through the compiler's own extension: one source for SSE, AVX, AVX-512 and NEON. VL floats in a vector; a tile is MR
@@ -47,7 +62,8 @@ falls into or the number of rows beside it: edge tiles run the same kernel on pa
 #define MR 6
 #endif
 typedef float vfloat __attribute__((vector_size(VBYTES)));
-enum { VL = VBYTES / sizeof(float), NR = 2 * VL, KC = 256, MC = 8 * MR, NC = 64 * NR };
+typedef float vfloat_anywhere __attribute__((vector_size(VBYTES), aligned(sizeof(float))));
+enum { VL = VBYTES / sizeof(float), NR = 2 * VL };
 
 static int thread_count(void) {
 #ifdef _OPENMP
@@ -100,6 +116,82 @@ static inline float exp_fast(float x) {   // the finite-difference tests see the
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
+// What AVX-512 and AMX need: transposing, and permission to use the tile registers.
+
+#ifdef BITNET_VNNI
+// Transposes a 16 x 16 matrix of 32-bit words whose rows are t[0..15]: pairs of words, then pairs of pairs, then 128-bit lanes.
+static inline __attribute__((always_inline)) void transpose16(__m512i t[16]) {
+  __m512i u[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    u[i] = _mm512_unpacklo_epi32(t[i], t[i + 1]);
+    u[i + 1] = _mm512_unpackhi_epi32(t[i], t[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    t[i] = _mm512_unpacklo_epi64(u[i], u[i + 2]);
+    t[i + 1] = _mm512_unpackhi_epi64(u[i], u[i + 2]);
+    t[i + 2] = _mm512_unpacklo_epi64(u[i + 1], u[i + 3]);
+    t[i + 3] = _mm512_unpackhi_epi64(u[i + 1], u[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    u[i] = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88);
+    u[i + 4] = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xDD);
+    u[i + 8] = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
+    u[i + 12] = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xDD);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(u[i], u[i + 8], 0x88);
+    t[i + 8] = _mm512_shuffle_i32x4(u[i], u[i + 8], 0xDD);
+    t[i + 4] = _mm512_shuffle_i32x4(u[i + 4], u[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(u[i + 4], u[i + 12], 0xDD);
+  }
+}
+
+// The first n lanes of 16, n may be larger.
+static inline __mmask16 lanes16(size_t n) {
+  return (__mmask16)(n >= 16 ? 0xFFFF : (1u << n) - 1);
+}
+#endif
+
+#ifdef BITNET_AMX
+// 1 if the kernel lets this process use the tile registers; asked once.
+static int amx_ready(void) {
+  static int answer = -1;
+  if (answer < 0) answer = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+  return answer;
+}
+
+// Every thread describes its eight tiles before it uses them: 16 rows of 64 bytes each.
+static void amx_begin(void) {
+  struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } __attribute__((aligned(64))) config;
+  memset(&config, 0, sizeof config);
+  config.palette = 1;
+  for (int i = 0; i < 8; i++) {
+    config.bytes[i] = 64;
+    config.rows[i] = 16;
+  }
+  _tile_loadconfig(&config);
+}
+
+static void amx_end(void) {
+  _tile_release();
+}
+#else
+static int amx_ready(void) {
+  return 0;
+}
+static void amx_begin(void) {}
+static void amx_end(void) {}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
 // Float products.
 
 /*
@@ -121,6 +213,25 @@ typedef struct {
   int precision;               // PRECISION_BF16: operands are rounded to bf16 as they are packed (sums stay fp32)
 } Product;
 
+/*
+A kernel: how panels are packed, and the product of two of them. Panels hold mr rows of A or nr columns of B, kc values of k at most. Packing
+pads with zeros: rows and columns beyond the matrix, and k up to a multiple of k_step.
+*/
+typedef struct {
+  size_t mr, nr, kc, k_step, bytes;   // bytes of an element in a panel
+  void (*pack_a)(void *out, const Product *g, size_t i0, size_t p0, size_t kc);
+  void (*pack_b)(void *out, const Product *g, size_t j0, size_t p0, size_t kc);
+  // c [mr][nr], rows ldc apart: = a b, or += a b where load is set
+  void (*tile)(float *c, size_t ldc, int load, const void *a, const void *b, size_t kc);
+  int amx;
+} Kernel;
+
+enum {
+  MC = 96,                 // rows of A that a thread packs at a time: a multiple of every mr
+  NC = 1024,               // columns of B that are packed at a time
+  KC_MAX = 512, MR_MAX = 32, NR_MAX = 32
+};
+
 // float rounded to the nearest bf16 (ties to even), returned as a float. Codes up to 256 and their products are exact.
 static inline float round_bf16(float x) {
 #ifndef BITNET_FLOAT64
@@ -133,13 +244,10 @@ static inline float round_bf16(float x) {
   return x;
 }
 
-// Bytes of scratch for any product: one packed block of B, shared, and one block of A for each thread.
-static size_t gemm_scratch_bytes(void) {
-  return ((size_t)KC * NC + (size_t)thread_count() * MC * KC) * sizeof(float);
-}
+// ---- fp32: panels of A are [kc][MR], of B [kc][NR] ----
 
-// One panel of A: rows i0 .. i0+MR-1, columns p0 .. p0+kc-1, laid out [kc][MR]; missing rows are zeros.
-static void pack_a(float *RESTRICT out, const Product *g, size_t i0, size_t p0, size_t kc) {
+static void pack_a_f32(void *panel, const Product *g, size_t i0, size_t p0, size_t kc) {
+  float *RESTRICT out = (float *)panel;
   size_t rows = g->M - i0 < MR ? g->M - i0 : MR;
   if (rows < MR) memset(out, 0, kc * MR * sizeof(float));
   for (size_t i = 0; i < rows; i++) {
@@ -156,8 +264,8 @@ static void pack_a(float *RESTRICT out, const Product *g, size_t i0, size_t p0, 
   }
 }
 
-// One panel of B: columns j0 .. j0+NR-1, rows p0 .. p0+kc-1, laid out [kc][NR]; missing columns are zeros.
-static void pack_b(float *RESTRICT out, const Product *g, size_t j0, size_t p0, size_t kc) {
+static void pack_b_f32(void *panel, const Product *g, size_t j0, size_t p0, size_t kc) {
+  float *RESTRICT out = (float *)panel;
   size_t cols = g->N - j0 < NR ? g->N - j0 : NR;
   size_t first = p0 * g->b_row + j0 * g->b_col;
   if (cols < NR) memset(out, 0, kc * NR * sizeof(float));
@@ -183,82 +291,355 @@ static void pack_b(float *RESTRICT out, const Product *g, size_t j0, size_t p0, 
   }
 }
 
-// The register tile: tile (=) [MR][NR] = panel of A times panel of B. The compiler keeps c in MR*2 vector registers.
-static void tile_f32(float *RESTRICT tile, const float *RESTRICT a, const float *RESTRICT b, size_t kc) {
-  vfloat c[MR][2];
+// The compiler keeps acc in MR*2 vector registers.
+static void tile_f32(float *c, size_t ldc, int load, const void *a_panel, const void *b_panel, size_t kc) {
+  const float *RESTRICT a = (const float *)a_panel, *RESTRICT b = (const float *)b_panel;
+  vfloat acc[MR][2];
 #pragma GCC unroll 16
-  for (int i = 0; i < MR; i++) c[i][0] = c[i][1] = (vfloat){0};
+  for (int i = 0; i < MR; i++) {
+    acc[i][0] = load ? *(const vfloat_anywhere *)(c + (size_t)i * ldc) : (vfloat){0};
+    acc[i][1] = load ? *(const vfloat_anywhere *)(c + (size_t)i * ldc + VL) : (vfloat){0};
+  }
   for (size_t p = 0; p < kc; p++) {
     vfloat b0 = *(const vfloat *)(b + p * NR), b1 = *(const vfloat *)(b + p * NR + VL);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++) {
-      c[i][0] += a[p * MR + i] * b0;
-      c[i][1] += a[p * MR + i] * b1;
+      acc[i][0] += a[p * MR + i] * b0;
+      acc[i][1] += a[p * MR + i] * b1;
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++) {
-    *(vfloat *)(tile + i * NR) = c[i][0];
-    *(vfloat *)(tile + i * NR + VL) = c[i][1];
+    *(vfloat_anywhere *)(c + (size_t)i * ldc) = acc[i][0];
+    *(vfloat_anywhere *)(c + (size_t)i * ldc + VL) = acc[i][1];
   }
 }
 
-// Puts a finished tile into C: the first block of k replaces (unless accumulating), later ones add, the last one also adds
-// bias and residual.
-static void tile_store(const Product *g, const float *RESTRICT tile, size_t i0, size_t j0, int first, int last) {
-  size_t rows = g->M - i0 < MR ? g->M - i0 : MR, cols = g->N - j0 < NR ? g->N - j0 : NR;
-  for (size_t i = 0; i < rows; i++) {
-    float *RESTRICT c = g->C + (i0 + i) * g->N + j0;
-    const float *RESTRICT t = tile + i * NR;
-    if (first && !g->accumulate) {
-      for (size_t j = 0; j < cols; j++) c[j] = t[j];
-    } else {
-      for (size_t j = 0; j < cols; j++) c[j] += t[j];
+static const Kernel kernel_f32 = {MR, NR, 256, 1, sizeof(float), pack_a_f32, pack_b_f32, tile_f32, 0};
+
+// ---- bf16: two neighbouring k share a 32-bit word; panels are words ----
+
+#ifdef BITNET_BF16
+// One operand as packing sees it: element (x, k), where x is a row of A or a column of B. One of the strides is 1.
+typedef struct {
+  const float *f;       // floats, or
+  const int8_t *q;      // codes
+  size_t sx, sk, nx, nk;
+  const float *scale;   // [nk] or NULL
+} Operand;
+
+static Operand operand_a(const Product *g) {
+  Operand o = {g->A, NULL, g->a_row, g->a_col, g->M, g->K, g->a_scale};
+  return o;
+}
+
+static Operand operand_b(const Product *g) {
+  Operand o = {g->B, g->B_codes, g->b_col, g->b_row, g->N, g->K, NULL};
+  return o;
+}
+
+static inline __m512 load16(const Operand *o, size_t at, __mmask16 lanes) {
+  if (o->f) return _mm512_maskz_loadu_ps(lanes, o->f + at);
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, o->q + at)));
+}
+
+/*
+Sixteen x from x0 on and 32 k from k0 on (up to k_end; beyond it zeros) as a 16 x 16 matrix of words, a word being the pair (k, k+1) in bf16:
+by_x: t[x] holds the 16 pairs of one x; else t[pair] holds 16 x. The operand's memory gives one of the two, a transpose the other.
+*/
+static inline __attribute__((always_inline)) void load_pairs(__m512i t[16], const Operand *o, size_t x0, size_t k0, size_t k_end, int by_x) {
+  size_t nx = x0 < o->nx ? o->nx - x0 : 0, nk = k_end - k0;
+  if (o->sk == 1) {
+    __mmask16 low = lanes16(nk), high = nk > 16 ? lanes16(nk - 16) : 0;
+    __m512 scale_low = _mm512_set1_ps(1), scale_high = scale_low;
+    if (o->scale) {
+      scale_low = _mm512_maskz_loadu_ps(low, o->scale + k0);
+      scale_high = _mm512_maskz_loadu_ps(high, o->scale + k0 + 16);
     }
-    if (last && g->bias) {
-      for (size_t j = 0; j < cols; j++) c[j] += g->bias[j0 + j];
+    for (size_t x = 0; x < 16; x++) {
+      if (x >= nx) {
+        t[x] = _mm512_setzero_si512();
+        continue;
+      }
+      size_t at = (x0 + x) * o->sx + k0;
+      __m512 a = _mm512_mul_ps(load16(o, at, low), scale_low), b = _mm512_mul_ps(load16(o, at + 16, high), scale_high);
+      t[x] = (__m512i)_mm512_cvtne2ps_pbh(b, a);
     }
-    if (last && g->residual) {
-      const float *RESTRICT r = g->residual + (i0 + i) * g->N + j0;
-      for (size_t j = 0; j < cols; j++) c[j] += r[j];
+    if (!by_x) transpose16(t);
+  } else {
+    const __m512i weave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __mmask16 lanes = lanes16(nx);
+    for (size_t pair = 0; pair < 16; pair++) {
+      size_t k = 2 * pair, at = (k0 + k) * o->sk + x0;
+      __m512 a = k < nk ? load16(o, at, lanes) : _mm512_setzero_ps(), b = k + 1 < nk ? load16(o, at + o->sk, lanes) : _mm512_setzero_ps();
+      if (o->scale) {
+        a = _mm512_mul_ps(a, _mm512_set1_ps(k < nk ? o->scale[k0 + k] : 0));
+        b = _mm512_mul_ps(b, _mm512_set1_ps(k + 1 < nk ? o->scale[k0 + k + 1] : 0));
+      }
+      t[pair] = _mm512_permutexvar_epi16(weave, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    }
+    if (by_x) transpose16(t);
+  }
+}
+
+enum { BF_MR = 12 };   // 24 accumulators, two vectors of B, one of A
+
+// Panels of A: [kc/2][12] words.
+static void pack_a_bf16(void *panel, const Product *g, size_t i0, size_t p0, size_t kc) {
+  uint32_t *out = (uint32_t *)panel;
+  Operand o = operand_a(g);
+  if (o.nx > i0 + BF_MR) o.nx = i0 + BF_MR;
+  for (size_t k = 0; k < kc; k += 32) {
+    __m512i t[16];
+    load_pairs(t, &o, i0, p0 + k, p0 + kc, 0);
+    for (size_t pair = 0; pair < 16; pair++) _mm512_mask_storeu_epi32(out + (k / 2 + pair) * BF_MR, 0x0FFF, t[pair]);
+  }
+}
+
+// Panels of B: [kc/2][32] words.
+static void pack_b_bf16(void *panel, const Product *g, size_t j0, size_t p0, size_t kc) {
+  uint32_t *out = (uint32_t *)panel;
+  Operand o = operand_b(g);
+  for (size_t k = 0; k < kc; k += 32) {
+    for (size_t half = 0; half < 2; half++) {
+      __m512i t[16];
+      load_pairs(t, &o, j0 + 16 * half, p0 + k, p0 + kc, 0);
+      for (size_t pair = 0; pair < 16; pair++) _mm512_storeu_si512(out + (k / 2 + pair) * 32 + 16 * half, t[pair]);
+    }
+  }
+}
+
+static void tile_bf16(float *c, size_t ldc, int load, const void *a_panel, const void *b_panel, size_t kc) {
+  const uint32_t *a = (const uint32_t *)a_panel, *b = (const uint32_t *)b_panel;
+  __m512 acc[BF_MR][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < BF_MR; i++) {
+    acc[i][0] = load ? _mm512_loadu_ps(c + (size_t)i * ldc) : _mm512_setzero_ps();
+    acc[i][1] = load ? _mm512_loadu_ps(c + (size_t)i * ldc + 16) : _mm512_setzero_ps();
+  }
+  for (size_t pair = 0; pair < (kc + 1) / 2; pair++) {
+    __m512bh b0 = (__m512bh)_mm512_loadu_si512(b + pair * 32), b1 = (__m512bh)_mm512_loadu_si512(b + pair * 32 + 16);
+#pragma GCC unroll 16
+    for (int i = 0; i < BF_MR; i++) {
+      __m512bh ai = (__m512bh)_mm512_set1_epi32((int)a[pair * BF_MR + (size_t)i]);
+      acc[i][0] = _mm512_dpbf16_ps(acc[i][0], ai, b0);
+      acc[i][1] = _mm512_dpbf16_ps(acc[i][1], ai, b1);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < BF_MR; i++) {
+    _mm512_storeu_ps(c + (size_t)i * ldc, acc[i][0]);
+    _mm512_storeu_ps(c + (size_t)i * ldc + 16, acc[i][1]);
+  }
+}
+
+static const Kernel kernel_bf16 = {BF_MR, 32, 256, 32, 2, pack_a_bf16, pack_b_bf16, tile_bf16, 0};
+#endif
+
+#ifdef BITNET_AMX
+// Panels of A: for each 32 k, the two tiles of 16 rows: [kc/32][32 rows][16 words].
+static void pack_a_amx(void *panel, const Product *g, size_t i0, size_t p0, size_t kc) {
+  uint32_t *out = (uint32_t *)panel;
+  Operand o = operand_a(g);
+  for (size_t k = 0; k < kc; k += 32) {
+    for (size_t half = 0; half < 2; half++, out += 256) {
+      __m512i t[16];
+      load_pairs(t, &o, i0 + 16 * half, p0 + k, p0 + kc, 1);
+      for (size_t x = 0; x < 16; x++) _mm512_storeu_si512(out + x * 16, t[x]);
+    }
+  }
+}
+
+// Two by two tiles of C; a tile instruction multiplies 16 rows of 32 k by 16 columns.
+static void tile_amx(float *c, size_t ldc, int load, const void *a_panel, const void *b_panel, size_t kc) {
+  const char *a = (const char *)a_panel, *b = (const char *)b_panel;
+  size_t row = ldc * sizeof(float);
+  if (load) {
+    _tile_loadd(0, c, row);
+    _tile_loadd(1, c + 16, row);
+    _tile_loadd(2, c + 16 * ldc, row);
+    _tile_loadd(3, c + 16 * ldc + 16, row);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (size_t k = 0; k < kc; k += 32, a += 2048, b += 2048) {
+    _tile_loadd(4, a, 64);
+    _tile_loadd(6, b, 128);
+    _tile_loadd(7, b + 64, 128);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a + 1024, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, row);
+  _tile_stored(1, c + 16, row);
+  _tile_stored(2, c + 16 * ldc, row);
+  _tile_stored(3, c + 16 * ldc + 16, row);
+}
+
+static const Kernel kernel_amx = {32, 32, 512, 32, 2, pack_a_amx, pack_b_bf16, tile_amx, 1};
+#endif
+
+// The fastest kernel for this product. The bf16 kernels need one stride of each operand to be 1, which every caller has.
+static const Kernel *gemm_kernel(const Product *g) {
+#ifdef BITNET_BF16
+  int contiguous = (g->a_row == 1 || g->a_col == 1) && (g->b_row == 1 || g->b_col == 1);
+  if (g->precision == PRECISION_BF16 && contiguous) {
+#ifdef BITNET_AMX
+    if (amx_ready()) return &kernel_amx;
+#endif
+    return &kernel_bf16;
+  }
+#endif
+  (void)g;
+  return &kernel_f32;
+}
+
+// Bytes of scratch for any product: one packed block of B, shared, and one block of A for each thread.
+static size_t gemm_scratch_bytes(void) {
+  return ((size_t)KC_MAX * NC + (size_t)thread_count() * (MC + MR_MAX) * KC_MAX) * sizeof(float);
+}
+
+// One tile of C. Inside the matrix the kernel works in place; at its edges on a copy, of which the valid part is put back.
+static void gemm_tile(const Kernel *k, const Product *g, size_t i0, size_t j0, int load, const void *a, const void *b, size_t kc) {
+  size_t rows = g->M - i0 < k->mr ? g->M - i0 : k->mr, cols = g->N - j0 < k->nr ? g->N - j0 : k->nr;
+  float *c = g->C + i0 * g->N + j0;
+  if (rows == k->mr && cols == k->nr) {
+    k->tile(c, g->N, load, a, b, kc);
+    return;
+  }
+  float copy[MR_MAX * NR_MAX] __attribute__((aligned(64)));
+  if (load) {
+    memset(copy, 0, sizeof copy);
+    for (size_t i = 0; i < rows; i++) memcpy(copy + i * k->nr, c + i * g->N, cols * sizeof(float));
+  }
+  k->tile(copy, k->nr, load, a, b, kc);
+  for (size_t i = 0; i < rows; i++) memcpy(c + i * g->N, copy + i * k->nr, cols * sizeof(float));
+}
+
+// Adds bias and residual to rows i0 .. i1-1, columns j0 .. j1-1 of the finished product.
+static void gemm_finish(const Product *g, size_t i0, size_t i1, size_t j0, size_t j1) {
+  for (size_t i = i0; i < i1; i++) {
+    float *RESTRICT c = g->C + i * g->N;
+    if (g->bias) {
+      for (size_t j = j0; j < j1; j++) c[j] += g->bias[j];
+    }
+    if (g->residual) {
+      const float *RESTRICT r = g->residual + i * g->N;
+      for (size_t j = j0; j < j1; j++) c[j] += r[j];
     }
   }
 }
 
 /*
-The loops around the tile (the scheme of GotoBLAS): a block of B, KC x NC, is packed by all threads together; then each thread takes
-blocks of rows of A, packs them for itself and runs over the tiles. scratch: gemm_scratch_bytes().
+The loops around the tile (the scheme of GotoBLAS): a block of B, kc x NC, is packed by all threads together; then each thread takes
+blocks of rows of A, packs them for itself and runs over the tiles. Where there are few rows, the columns are shared out as well.
+scratch: gemm_scratch_bytes(), aligned to 64.
 */
-static void gemm_f32(const Product *g, float *scratch) {
-  float *b_block = scratch, *a_blocks = scratch + (size_t)KC * NC;
-  // Small outputs get small blocks of rows, so that every thread has work; the result does not depend on it.
-  size_t mc = (g->M / (size_t)(2 * thread_count()) / MR + 1) * MR;
-  if (mc > MC) mc = MC;
+static void gemm(const Product *g, void *scratch) {
+  const Kernel *k = gemm_kernel(g);
+  char *b_block = (char *)scratch, *a_blocks = b_block + (size_t)KC_MAX * NC * sizeof(float);
+  size_t threads = (size_t)thread_count();
+  size_t mc = (g->M / (2 * threads) / k->mr + 1) * k->mr;
+  if (mc > MC / k->mr * k->mr) mc = MC / k->mr * k->mr;
+  size_t row_blocks = (g->M + mc - 1) / mc;
   for (size_t j0 = 0; j0 < g->N; j0 += NC) {
-    size_t nc = g->N - j0 < NC ? g->N - j0 : NC, b_panels = (nc + NR - 1) / NR;
-    for (size_t p0 = 0; p0 < g->K; p0 += KC) {
-      size_t kc = g->K - p0 < KC ? g->K - p0 : KC;
-      int first = p0 == 0, last = p0 + kc == g->K;
+    size_t nc = g->N - j0 < NC ? g->N - j0 : NC, b_panels = (nc + k->nr - 1) / k->nr;
+    size_t groups = row_blocks >= 2 * threads ? 1 : (2 * threads + row_blocks - 1) / row_blocks;
+    if (groups > b_panels) groups = b_panels;
+    for (size_t p0 = 0; p0 < g->K; p0 += k->kc) {
+      size_t kc = g->K - p0 < k->kc ? g->K - p0 : k->kc, padded = (kc + k->k_step - 1) / k->k_step * k->k_step;
+      size_t a_bytes = padded * k->mr * k->bytes, b_bytes = padded * k->nr * k->bytes;
+      int load = p0 > 0 || g->accumulate, last = p0 + kc == g->K;
 #pragma omp parallel
       {
+        if (k->amx) amx_begin();
 #pragma omp for schedule(static)
-        for (size_t q = 0; q < b_panels; q++) pack_b(b_block + q * kc * NR, g, j0 + q * NR, p0, kc);
-        float *a_block = a_blocks + (size_t)thread_index() * MC * KC;
+        for (size_t q = 0; q < b_panels; q++) k->pack_b(b_block + q * b_bytes, g, j0 + q * k->nr, p0, kc);
+        char *a_block = a_blocks + (size_t)thread_index() * (MC + MR_MAX) * KC_MAX * sizeof(float);
 #pragma omp for schedule(static)
-        for (size_t i0 = 0; i0 < g->M; i0 += mc) {
-          size_t a_panels = ((g->M - i0 < mc ? g->M - i0 : mc) + MR - 1) / MR;
-          for (size_t q = 0; q < a_panels; q++) pack_a(a_block + q * kc * MR, g, i0 + q * MR, p0, kc);
-          for (size_t q = 0; q < b_panels; q++) {
+        for (size_t task = 0; task < row_blocks * groups; task++) {
+          size_t i0 = task / groups * mc, i1 = g->M - i0 < mc ? g->M : i0 + mc, a_panels = (i1 - i0 + k->mr - 1) / k->mr;
+          size_t q0 = task % groups * b_panels / groups, q1 = (task % groups + 1) * b_panels / groups;
+          for (size_t r = 0; r < a_panels; r++) k->pack_a(a_block + r * a_bytes, g, i0 + r * k->mr, p0, kc);
+          for (size_t q = q0; q < q1; q++) {
             for (size_t r = 0; r < a_panels; r++) {
-              float tile[MR * NR] __attribute__((aligned(64)));
-              tile_f32(tile, a_block + r * kc * MR, b_block + q * kc * NR, kc);
-              tile_store(g, tile, i0 + r * MR, j0 + q * NR, first, last);
+              gemm_tile(k, g, i0 + r * k->mr, j0 + q * k->nr, load, a_block + r * a_bytes, b_block + q * b_bytes, kc);
             }
           }
+          if (last && (g->bias || g->residual)) gemm_finish(g, i0, i1, j0 + q0 * k->nr, q1 == b_panels ? j0 + nc : j0 + q1 * k->nr);
         }
+        if (k->amx) amx_end();
       }
     }
   }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+/*
+Small products without packing, for attention: c [I,J] (=, or += where load is set) a b with b [P,J] read in place, rows ldb apart, and
+a(i,p) = a[i*ai + p*ap], so a may lie transposed. Every element is summed over p in order, so its bits depend on its own row of a and column of
+b alone, however the rest is cut into tiles.
+*/
+// The first n <= VL numbers at x as a vector, and back.
+static inline __attribute__((always_inline)) vfloat load_part(const float *x, size_t n) {
+  if (n == VL) return *(const vfloat_anywhere *)x;
+  vfloat v = {0};
+  memcpy(&v, x, n * sizeof(float));
+  return v;
+}
+
+static inline __attribute__((always_inline)) void store_part(float *x, vfloat v, size_t n) {
+  if (n == VL) *(vfloat_anywhere *)x = v;
+  else memcpy(x, &v, n * sizeof(float));
+}
+
+// I rows by V vectors of columns, `part` columns in each vector: VL, or fewer with V = 1.
+static inline __attribute__((always_inline)) void small_tile(float *c, size_t ldc, int load, const float *a, size_t ai, size_t ap,
+                                                             const float *b, size_t ldb, size_t P, const int I, const int V, size_t part) {
+  vfloat acc[4][4];
+#pragma GCC unroll 4
+  for (int i = 0; i < I; i++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) acc[i][v] = load ? load_part(c + (size_t)i * ldc + v * VL, part) : (vfloat){0};
+  }
+  for (size_t p = 0; p < P; p++) {
+    vfloat bp[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) bp[v] = load_part(b + p * ldb + v * VL, part);
+#pragma GCC unroll 4
+    for (int i = 0; i < I; i++) {
+      float x = a[(size_t)i * ai + p * ap];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) acc[i][v] += x * bp[v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < I; i++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) store_part(c + (size_t)i * ldc + v * VL, acc[i][v], part);
+  }
+}
+
+// All rows of V vectors of columns.
+static inline __attribute__((always_inline)) void small_columns(float *c, size_t ldc, int load, const float *a, size_t ai, size_t ap,
+                                                                const float *b, size_t ldb, size_t I, size_t P, const int V, size_t part) {
+  size_t i = 0;
+  for (; i + 4 <= I; i += 4) small_tile(c + i * ldc, ldc, load, a + i * ai, ai, ap, b, ldb, P, 4, V, part);
+  for (; i < I; i++) small_tile(c + i * ldc, ldc, load, a + i * ai, ai, ap, b, ldb, P, 1, V, part);
+}
+
+static void small_product(float *c, size_t ldc, int load, const float *a, size_t ai, size_t ap, const float *b, size_t ldb,
+                          size_t I, size_t J, size_t P) {
+  size_t j = 0;
+  for (; j + 4 * VL <= J; j += 4 * VL) small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 4, VL);
+  for (; j + 2 * VL <= J; j += 2 * VL) small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 2, VL);
+  for (; j + VL <= J; j += VL) small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 1, VL);
+  if (j < J) small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 1, J - j);   // still vectors: the same instruction rounds the same way
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -271,25 +652,44 @@ because the byte dot product multiplies four pairs at once and adds them into on
     panel[k/4][16 outputs][4]   as unsigned bytes code + 1 in {0, 1, 2}
 
 The instruction wants one unsigned operand; with code + 1 the sum comes out too large by sum_k q[k], the same for every output, which
-is subtracted once per row. Sums are exact: |sum| <= 3 * 127 * K < 2^31 for K below five million.
+is subtracted once per row. Sums are exact: |sum| <= 3 * 127 * K < 2^31 for K below five million. The number of groups of four is padded
+to a multiple of 16, which is what an AMX tile holds; padding is multiplied by zeros.
 */
-enum { I8_WIDTH = 16, I8_ROWS = 6 };
+enum { I8_WIDTH = 16, I8_ROWS = 6, I8_BLOCK = 96 };   // I8_BLOCK: rows that a thread takes at a time
 
-static size_t ternary_panel_bytes(size_t N, size_t K) {
-  return (N + I8_WIDTH - 1) / I8_WIDTH * ((K + 3) / 4) * (I8_WIDTH * 4);
+// Groups of four k in a panel.
+static size_t ternary_groups(size_t K) {
+  return (K + 63) / 64 * 16;
 }
 
-// panels (=) from codes [N,K]; outputs and inputs beyond the matrix become 0, which adds nothing.
+static size_t ternary_panel_bytes(size_t N, size_t K) {
+  return (N + I8_WIDTH - 1) / I8_WIDTH * ternary_groups(K) * (I8_WIDTH * 4);
+}
+
+// panels (=) from codes [N,K]; outputs and inputs beyond the matrix become 0.
 static void ternary_pack_panels(uint8_t *panels, const int8_t *codes, size_t N, size_t K) {
-  size_t groups = (K + 3) / 4, n_panels = (N + I8_WIDTH - 1) / I8_WIDTH;
+  size_t groups = ternary_groups(K), n_panels = (N + I8_WIDTH - 1) / I8_WIDTH;
 #pragma omp parallel for schedule(static)
   for (size_t panel = 0; panel < n_panels; panel++) {
     uint8_t *out = panels + panel * groups * I8_WIDTH * 4;
-    memset(out, 0, groups * I8_WIDTH * 4);
-    for (size_t lane = 0; lane < I8_WIDTH && panel * I8_WIDTH + lane < N; lane++) {
-      const int8_t *row = codes + (panel * I8_WIDTH + lane) * K;
-      for (size_t k = 0; k < K; k++) out[(k / 4 * I8_WIDTH + lane) * 4 + k % 4] = (uint8_t)(row[k] + 1);
+    size_t rows = N - panel * I8_WIDTH < I8_WIDTH ? N - panel * I8_WIDTH : I8_WIDTH;
+    const int8_t *in = codes + panel * I8_WIDTH * K;
+#ifdef BITNET_VNNI
+    for (size_t k = 0; k < K; k += 64, out += 1024) {   // 16 rows of 16 words, transposed
+      __m512i t[16];
+      __mmask64 lanes = K - k >= 64 ? ~0ull : (1ull << (K - k)) - 1;
+      for (size_t lane = 0; lane < 16; lane++) {
+        t[lane] = lane < rows ? _mm512_maskz_add_epi8(lanes, _mm512_maskz_loadu_epi8(lanes, in + lane * K + k), _mm512_set1_epi8(1)) : _mm512_setzero_si512();
+      }
+      transpose16(t);
+      for (size_t g = 0; g < 16; g++) _mm512_storeu_si512(out + g * 64, t[g]);
     }
+#else
+    memset(out, 0, groups * I8_WIDTH * 4);
+    for (size_t lane = 0; lane < rows; lane++) {
+      for (size_t k = 0; k < K; k++) out[(k / 4 * I8_WIDTH + lane) * 4 + k % 4] = (uint8_t)(in[lane * K + k] + 1);
+    }
+#endif
   }
 }
 
@@ -303,20 +703,39 @@ static inline int32_t four_codes(const int8_t *q, size_t k, size_t K) {
 
 /*
 sums (=) [rows][n_panels*16]: the raw sums of (code + 1) * q for `rows` rows of activations (stride K) against n_panels neighbouring
-panels. Called with constant rows and n_panels, so that each call site becomes its own unrolled kernel. First with the byte dot
-product, then its twin in plain C: all of it on other machines, and what the tests compare the fast one with.
+panels. Called with constant rows and n_panels, so that each call site becomes its own unrolled kernel. The plain form is all there is on
+other machines, and what the tests compare the fast ones with.
 */
+UNUSED static inline void tile_i8_scalar(int32_t *sums, const int8_t *q, const uint8_t *panels, size_t K, const int rows, const int n_panels) {
+  size_t groups = ternary_groups(K);
+  for (int i = 0; i < rows; i++) {
+    for (int j = 0; j < n_panels; j++) {
+      int32_t *acc = sums + (i * n_panels + j) * I8_WIDTH;
+      memset(acc, 0, I8_WIDTH * sizeof *acc);
+      for (size_t g = 0; g < (K + 3) / 4; g++) {
+        const uint8_t *w = panels + ((size_t)j * groups + g) * I8_WIDTH * 4;
+        int32_t word = four_codes(q + (size_t)i * K, 4 * g, K);
+        int8_t a[4];
+        memcpy(a, &word, 4);
+        for (int lane = 0; lane < I8_WIDTH; lane++) {
+          for (int k = 0; k < 4; k++) acc[lane] += (int32_t)w[lane * 4 + k] * a[k];
+        }
+      }
+    }
+  }
+}
+
 #ifdef BITNET_VNNI
 static inline __attribute__((always_inline)) void tile_i8(int32_t *sums, const int8_t *q, const uint8_t *panels, size_t K,
                                                           const int rows, const int n_panels) {
-  size_t groups = (K + 3) / 4, full = K / 4;
+  size_t groups = ternary_groups(K), full = K / 4;
   __m512i acc[I8_ROWS][4];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 4
     for (int j = 0; j < n_panels; j++) acc[i][j] = _mm512_setzero_si512();
   }
-  for (size_t g = 0; g < groups; g++) {
+  for (size_t g = 0; g < (K + 3) / 4; g++) {
     __m512i w[4];
 #pragma GCC unroll 4
     for (int j = 0; j < n_panels; j++) w[j] = _mm512_loadu_si512(panels + ((size_t)j * groups + g) * 64);
@@ -340,21 +759,97 @@ static inline __attribute__((always_inline)) void tile_i8(int32_t *sums, const i
 #define tile_i8 tile_i8_scalar
 #endif
 
-UNUSED static inline void tile_i8_scalar(int32_t *sums, const int8_t *q, const uint8_t *panels, size_t K, const int rows, const int n_panels) {
-  size_t groups = (K + 3) / 4;
-  for (int i = 0; i < rows; i++) {
-    for (int j = 0; j < n_panels; j++) {
-      int32_t *acc = sums + (i * n_panels + j) * I8_WIDTH;
-      memset(acc, 0, I8_WIDTH * sizeof *acc);
-      for (size_t g = 0; g < groups; g++) {
-        const uint8_t *w = panels + ((size_t)j * groups + g) * I8_WIDTH * 4;
-        int32_t word = four_codes(q + (size_t)i * K, 4 * g, K);
-        int8_t a[4];
-        memcpy(a, &word, 4);
-        for (int lane = 0; lane < I8_WIDTH; lane++) {
-          for (int k = 0; k < 4; k++) acc[lane] += (int32_t)w[lane * 4 + k] * a[k];
-        }
+#ifdef BITNET_AMX
+// sums (=) [32][32] for 32 rows of activations against two neighbouring panels.
+static void tile_i8_amx(int32_t *sums, const int8_t *q, const uint8_t *panels, size_t K) {
+  size_t groups = ternary_groups(K), whole = K / 64 * 64;
+  const uint8_t *w0 = panels, *w1 = panels + groups * 64;
+  int8_t tail[32 * 64] __attribute__((aligned(64)));
+  if (whole < K) {
+    memset(tail, 0, sizeof tail);
+    for (size_t i = 0; i < 32; i++) memcpy(tail + i * 64, q + i * K + whole, K - whole);
+  }
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (size_t k = 0; k < K; k += 64, w0 += 1024, w1 += 1024) {
+    const int8_t *a = k < whole ? q + k : tail;
+    size_t row = k < whole ? K : 64;
+    _tile_loadd(4, a, row);
+    _tile_loadd(6, w0, 64);
+    _tile_loadd(7, w1, 64);
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    _tile_loadd(5, a + 16 * row, row);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+  }
+  _tile_stored(0, sums, 128);
+  _tile_stored(1, sums + 16, 128);
+  _tile_stored(2, sums + 512, 128);
+  _tile_stored(3, sums + 528, 128);
+}
+#endif
+
+// Where the results of gemm_i8 go.
+typedef struct {
+  float *out;                    // [M,N]
+  int32_t *exact;                // [M,N] or NULL
+  const float *s, *gamma, *bias, *residual;
+  size_t N;
+} I8Result;
+
+// Row m, columns n0 .. n0+cols-1 from raw sums.
+static inline void i8_store(const I8Result *r, const int32_t *RESTRICT sum, int32_t excess, size_t m, size_t n0, size_t cols) {
+  float *RESTRICT o = r->out + m * r->N + n0;
+  const float *RESTRICT gamma = r->gamma + n0;
+  float s = r->s[m];
+  for (size_t n = 0; n < cols; n++) o[n] = (float)(sum[n] - excess) * (s * gamma[n]);
+  if (r->bias) {
+    for (size_t n = 0; n < cols; n++) o[n] += r->bias[n0 + n];
+  }
+  if (r->residual) {
+    const float *RESTRICT x = r->residual + m * r->N + n0;
+    for (size_t n = 0; n < cols; n++) o[n] += x[n];
+  }
+  if (r->exact) {
+    for (size_t n = 0; n < cols; n++) r->exact[m * r->N + n0 + n] = sum[n] - excess;
+  }
+}
+
+// Rows m0 .. m0+rows-1 against panels p0 .. p1-1. excess [rows]: the sum of each row's codes.
+static void i8_block(const I8Result *r, const int8_t *q, const uint8_t *panels, const int32_t *excess, size_t m0, size_t rows, size_t p0, size_t p1, size_t K) {
+  size_t stride = ternary_groups(K) * I8_WIDTH * 4;
+  for (size_t p = p0; p < p1; p += 4) {
+    size_t width = p1 - p < 4 ? p1 - p : 4, i = 0;
+    const uint8_t *w = panels + p * stride;
+#ifdef BITNET_AMX
+    for (; amx_ready() && i + 32 <= rows; i += 32) {
+      for (size_t j = 0; j + 2 <= width; j += 2) {
+        int32_t sums[32 * 32] __attribute__((aligned(64)));
+        size_t n0 = (p + j) * I8_WIDTH, cols = r->N - n0 < 32 ? r->N - n0 : 32;
+        tile_i8_amx(sums, q + (m0 + i) * K, w + j * stride, K);
+        for (size_t t = 0; t < 32; t++) i8_store(r, sums + t * 32, excess[i + t], m0 + i + t, n0, cols);
       }
+      for (size_t t = 0; t < 32 && width % 2; t++) {   // an odd last panel
+        int32_t sums[I8_WIDTH];
+        size_t n0 = (p + width - 1) * I8_WIDTH, cols = r->N - n0 < I8_WIDTH ? r->N - n0 : I8_WIDTH;
+        tile_i8(sums, q + (m0 + i + t) * K, w + (width - 1) * stride, K, 1, 1);
+        i8_store(r, sums, excess[i + t], m0 + i + t, n0, cols);
+      }
+    }
+#endif
+    size_t n0 = p * I8_WIDTH, cols = r->N - n0 < width * I8_WIDTH ? r->N - n0 : width * I8_WIDTH;
+    int32_t sums[I8_ROWS * 4 * I8_WIDTH];
+    for (; width == 4 && i + I8_ROWS <= rows; i += I8_ROWS) {
+      tile_i8(sums, q + (m0 + i) * K, w, K, I8_ROWS, 4);
+      for (size_t t = 0; t < I8_ROWS; t++) i8_store(r, sums + t * 4 * I8_WIDTH, excess[i + t], m0 + i + t, n0, cols);
+    }
+    for (; i < rows; i++) {
+      if (width == 4) tile_i8(sums, q + (m0 + i) * K, w, K, 1, 4);
+      else for (size_t j = 0; j < width; j++) tile_i8(sums + j * I8_WIDTH, q + (m0 + i) * K, w + j * stride, K, 1, 1);
+      i8_store(r, sums, excess[i], m0 + i, n0, cols);
     }
   }
 }
@@ -362,46 +857,34 @@ UNUSED static inline void tile_i8_scalar(int32_t *sums, const int8_t *q, const u
 /*
 out (=) [M,N] = (q w') * s[m] * gamma[n] + bias[n] + residual[m,n].
 q [M,K] codes, s [M]; panels of w from ternary_pack_panels, gamma [N]; bias, residual or NULL. exact (or NULL) (=) [M,N] receives the
-int32 sums themselves, for tests.
+int32 sums themselves, for tests. Tasks are blocks of rows; where there are few rows, the columns are shared out as well.
 */
 static void gemm_i8(float *out, int32_t *exact, const int8_t *q, const float *s, const uint8_t *panels, const float *gamma,
                     const float *bias, const float *residual, size_t M, size_t N, size_t K) {
-  size_t groups = (K + 3) / 4, n_panels = (N + I8_WIDTH - 1) / I8_WIDTH;
-  size_t row_blocks = (M + I8_ROWS - 1) / I8_ROWS, col_blocks = (n_panels + 3) / 4;
-  // Tasks go row block by row block when there are many rows (activations stay in L1); a few rows are split by columns.
-#pragma omp parallel for schedule(static)
-  for (size_t task = 0; task < row_blocks * col_blocks; task++) {
-    size_t m0 = task / col_blocks * I8_ROWS, p0 = task % col_blocks * 4;
-    int rows = (int)(M - m0 < I8_ROWS ? M - m0 : I8_ROWS), width = (int)(n_panels - p0 < 4 ? n_panels - p0 : 4);
-    const uint8_t *w = panels + p0 * groups * I8_WIDTH * 4;
-    int32_t sums[I8_ROWS * 4 * I8_WIDTH];
-    if (rows == I8_ROWS && width == 4) {
-      tile_i8(sums, q + m0 * K, w, K, I8_ROWS, 4);
-    } else {
-      for (int i = 0; i < rows; i++) {
-        for (int j = 0; j < width; j++) {
-          tile_i8(sums + (i * width + j) * I8_WIDTH, q + (m0 + (size_t)i) * K, w + (size_t)j * groups * I8_WIDTH * 4, K, 1, 1);
-        }
+  const I8Result r = {out, exact, s, gamma, bias, residual, N};
+  size_t n_panels = (N + I8_WIDTH - 1) / I8_WIDTH, threads = (size_t)thread_count(), unit = amx_ready() ? 32 : I8_ROWS;
+  size_t step = (M / (2 * threads) / unit + 1) * unit;
+  if (step > I8_BLOCK) step = I8_BLOCK;
+  size_t row_blocks = (M + step - 1) / step, quads = (n_panels + 3) / 4;
+  size_t groups = row_blocks >= 2 * threads ? 1 : (2 * threads + row_blocks - 1) / row_blocks;
+  if (groups > quads) groups = quads;
+#pragma omp parallel
+  {
+    if (amx_ready()) amx_begin();
+#pragma omp for schedule(static)
+    for (size_t task = 0; task < row_blocks * groups; task++) {
+      size_t m0 = task / groups * step, rows = M - m0 < step ? M - m0 : step;
+      size_t p0 = task % groups * quads / groups * 4, p1 = (task % groups + 1) * quads / groups * 4;
+      int32_t excess[I8_BLOCK];
+      for (size_t i = 0; i < rows; i++) {
+        const int8_t *row = q + (m0 + i) * K;
+        int32_t sum = 0;
+        for (size_t k = 0; k < K; k++) sum += row[k];
+        excess[i] = sum;
       }
+      i8_block(&r, q, panels, excess, m0, rows, p0, p1 < n_panels ? p1 : n_panels, K);
     }
-    for (int i = 0; i < rows; i++) {
-      size_t m = m0 + (size_t)i, n0 = p0 * I8_WIDTH, cols = N - n0 < (size_t)width * I8_WIDTH ? N - n0 : (size_t)width * I8_WIDTH;
-      int32_t excess = 0;   // sum of q: what "code + 1" added to every output
-      for (size_t k = 0; k < K; k++) excess += q[m * K + k];
-      const int32_t *RESTRICT sum = sums + i * width * I8_WIDTH;
-      float *RESTRICT o = out + m * N + n0;
-      for (size_t n = 0; n < cols; n++) o[n] = (float)(sum[n] - excess) * (s[m] * gamma[n0 + n]);
-      if (bias) {
-        for (size_t n = 0; n < cols; n++) o[n] += bias[n0 + n];
-      }
-      if (residual) {
-        const float *RESTRICT r = residual + m * N + n0;
-        for (size_t n = 0; n < cols; n++) o[n] += r[n];
-      }
-      if (exact) {
-        for (size_t n = 0; n < cols; n++) exact[m * N + n0 + n] = sum[n] - excess;
-      }
-    }
+    if (amx_ready()) amx_end();
   }
 }
 

@@ -1,9 +1,8 @@
 /*
 test_bitnet.c: all tests of the machine it runs on, in one table.
 
-What it is:  the frame of the C tests. It includes the program itself (train_bitnet.c,
-                                                                       or train_bitnet.cu under nvcc) without its main, then
-             the headers with the tests, and runs those whose name contains the first argument.
+What it is:  the frame of the C tests. It includes the program itself (train_bitnet.c, or train_bitnet.cu under nvcc) without its
+             main, then the headers with the tests, and runs those whose name contains the first argument.
 What not:    the tests: dev/test/test_*.h, each with the rows for its part of the table. Derivatives: dev/test/test_float64.c.
 Read before: dev/test/check.h.
 
@@ -34,9 +33,10 @@ static size_t test_device_bytes;   // that the CPU's dev_malloc has asked for
 #include "train_bitnet.c"
 #endif
 
-#include "dev/test/check.h"       // Test, CHECK, run_tests
-#include "dev/test/test_data.h"   // DATA_TESTS
+#include "dev/test/check.h"            // Test, CHECK, run_tests
+#include "dev/test/test_data.h"        // DATA_TESTS
 #include "dev/test/test_files.h"       // FILES_TESTS
+#include "dev/test/test_model.h"       // MODEL_TESTS
 #include "dev/test/test_ops.h"         // OPS_TESTS
 #include "dev/test/test_options.h"     // OPTIONS_TESTS
 #include "dev/test/test_reference.h"   // REFERENCE_TESTS
@@ -44,6 +44,7 @@ static size_t test_device_bytes;   // that the CPU's dev_malloc has asked for
 
 static const Test tests[] = {
   OPS_TESTS,
+  MODEL_TESTS,
   REFERENCE_TESTS,
   DATA_TESTS,
   FILES_TESTS,

@@ -20,7 +20,7 @@ depends on the shape only and folded in order, so the result has the same bits f
 */
 #include "bitnet/ops.h"        // the contract that this file implements
 #include "bitnet/utils.h"      // die, memory, random numbers, time
-#include "matmul.h"            // exp_fast, gemm_f32, gemm_i8, ternary_pack_panels
+#include "matmul.h"            // exp_fast, gemm, gemm_i8, ternary_pack_panels
 #include "quant.h"             // ternary_gamma, ternary_code, act_inverse_scale, act_round, lambda_mix
 
 #ifdef _OPENMP
@@ -140,13 +140,16 @@ void dev_floatx_out(float *dst, const floatX *src, size_t n) {
   memcpy(dst, src, n * sizeof(float));
 }
 
-// The largest of: packed operands of a product; two rows for each thread; one partial sum for each chunk of rows.
+// The largest of: packed operands of a product; two rows for each thread; one partial sum for each chunk of rows; a number for each
+// row and thread.
 size_t ops_scratch_bytes(size_t max_rows, size_t max_n, size_t max_k) {
   size_t width = max_n > max_k ? max_n : max_k;
   size_t rows = (size_t)thread_count() * 2 * width * sizeof(float);
   size_t chunks = (max_rows / ROWS_PER_CHUNK + 1) * width * sizeof(float);
   size_t most = gemm_scratch_bytes();
+  size_t numbers = (size_t)thread_count() * max_rows * sizeof(float);
   if (rows > most) most = rows;
+  if (numbers > most) most = numbers;
   return chunks > most ? chunks : most;
 }
 
@@ -480,7 +483,7 @@ void bitlinear_forward(floatX *out, const QAct *x, const BitWeight *w, const flo
   g.C = out;
   g.precision = w->precision;
   if (w->lambda == 1.0f) {                        // float activations, ternary weights: the scale comes last
-    gemm_f32(&g, scratch_floats(gemm_scratch_bytes() / sizeof(float)));
+    gemm(&g, scratch_floats(gemm_scratch_bytes() / sizeof(float)));
 #pragma omp parallel for schedule(static)
     for (size_t r = 0; r < (size_t)R; r++) {
       for (size_t n = 0; n < N; n++) out[r * N + n] = out[r * N + n] * w->gamma[n] + (w->bias ? w->bias[n] : 0.0f) + (residual ? residual[r * N + n] : 0.0f);
@@ -488,7 +491,7 @@ void bitlinear_forward(floatX *out, const QAct *x, const BitWeight *w, const flo
   } else {
     g.bias = w->bias;
     g.residual = residual;
-    gemm_f32(&g, scratch_floats(gemm_scratch_bytes() / sizeof(float)));
+    gemm(&g, scratch_floats(gemm_scratch_bytes() / sizeof(float)));
   }
 }
 
@@ -511,12 +514,12 @@ void bitlinear_backward(floatX *dx, float *dw, float *dbias, const floatX *dout,
   set_b(&g, w->data, ternary, K, 1);
   g.C = dx;
   g.precision = w->precision;
-  gemm_f32(&g, scratch);
+  gemm(&g, scratch);
   g.M = N, g.N = K, g.K = (size_t)R;                    // dw += dy' x_eff
   g.A = dout, g.a_row = 1, g.a_col = N, g.a_scale = has_codes(x) ? x->s : NULL;
   set_b(&g, x->data, has_codes(x), K, 1);
   g.C = dw, g.accumulate = 1;
-  gemm_f32(&g, scratch);
+  gemm(&g, scratch);
   if (dbias) add_column_sums(dbias, dout, (size_t)R, N);
 }
 
@@ -552,7 +555,10 @@ void rope_apply(floatX *qkv, const int *pos, const float *cossin, int R, int NH,
 // ---------------------------------------------------------------------------------------------------------
 // Attention.
 
-enum { KEY_BLOCK = 64 };   // keys that are scored before the running softmax is corrected
+enum {
+  KEYS = KV_BLOCK,   // keys that are scored before the running softmax is corrected
+  QUERIES = 16       // queries that meet a block of keys together
+};
 
 static float dot_product(const float *RESTRICT a, const float *RESTRICT b, int n) {
   float sum = 0;
@@ -561,52 +567,93 @@ static float dot_product(const float *RESTRICT a, const float *RESTRICT b, int n
   return sum;
 }
 
-/*
-One query against n keys: out (=) sum_j p_j v_j with p = softmax_j(q.k_j / sqrt(HS)). Returns log sum_j exp(score_j).
-
-The keys come in blocks. Softmax needs the largest score to stay in range, which is only known at the end, so the sums so far carry the
-largest score seen so far and are scaled down whenever a block raises it ("online softmax"): nothing of size T x T is stored. The
-blocks are counted from the first key, so the bits depend only on q, the keys and the values (and training and sampling agree, for
-they run this same function). Keys and values of neighbouring
-positions are `stride` floats apart.
-*/
-static __attribute__((noinline)) float attend(float *RESTRICT out, const float *q, const float *k, const float *v, size_t stride, int n, int HS) {
-  float scale = 1.0f / sqrtf((float)HS), top = -INFINITY, sum = 0;
-  for (int i = 0; i < HS; i++) out[i] = 0;
-  for (int j0 = 0; j0 < n; j0 += KEY_BLOCK) {
-    int m = n - j0 < KEY_BLOCK ? n - j0 : KEY_BLOCK;
-    float p[KEY_BLOCK], block_top = top;
-    for (int j = 0; j < m; j++) {
-      p[j] = dot_product(q, k + (size_t)(j0 + j) * stride, HS) * scale;
-      block_top = p[j] > block_top ? p[j] : block_top;
-    }
-    float shrink = j0 == 0 ? 0.0f : exp_fast(top - block_top);
-    top = block_top;
-    for (int j = 0; j < m; j++) p[j] = exp_fast(p[j] - top);
-    sum *= shrink;
-    for (int i = 0; i < HS; i++) out[i] *= shrink;
-    for (int j = 0; j < m; j++) {
-      const float *RESTRICT vj = v + (size_t)(j0 + j) * stride;
-      sum += p[j];
-      for (int i = 0; i < HS; i++) out[i] += p[j] * vj[i];
-    }
+// out (=) [HS][KEYS]: n <= KEYS rows of HS numbers, `stride` apart, transposed; the missing ones are zeros.
+static void transpose_block(float *RESTRICT out, const float *x, size_t stride, int n, int HS) {
+  if (n < KEYS) memset(out, 0, (size_t)HS * KEYS * sizeof(float));
+  for (int j = 0; j < n; j++) {
+    for (int i = 0; i < HS; i++) out[i * KEYS + j] = x[(size_t)j * stride + (size_t)i];
   }
-  for (int i = 0; i < HS; i++) out[i] *= 1.0f / sum;
-  return top + logf(sum);
+}
+
+/*
+One query meets one block of keys: p [KEYS] holds the products q.k_j and becomes exp(q.k_j / sqrt(HS) - top); the first n keys count.
+
+Softmax needs the largest score to stay in range, which is only known at the end, so the sums so far carry the largest score seen so far
+(top) and are scaled down whenever a block raises it ("online softmax"): nothing of size T x T is stored. sum and out [HS] are such sums. The
+first block of a query starts with top = -infinity.
+*/
+static __attribute__((noinline)) void softmax_block(float *RESTRICT p, float *top, float *sum, float *RESTRICT out, int n, int HS) {
+  float scale = 1.0f / sqrtf((float)HS), high = *top, total = 0;
+  for (int j = n; j < KEYS; j++) p[j] = -INFINITY;
+#pragma omp simd reduction(max : high)
+  for (int j = 0; j < KEYS; j++) {
+    p[j] *= scale;
+    high = p[j] > high ? p[j] : high;
+  }
+  float shrink = *top == -INFINITY ? 0.0f : exp_fast(*top - high);
+  for (int j = 0; j < KEYS; j++) p[j] = exp_fast(p[j] - high);
+  for (int j = n; j < KEYS; j++) p[j] = 0;
+#pragma omp simd reduction(+ : total)
+  for (int j = 0; j < KEYS; j++) total += p[j];
+  *top = high;
+  *sum = *sum * shrink + total;
+  for (int i = 0; i < HS; i++) out[i] *= shrink;
+}
+
+// The end of the row's document: the first position after t that starts another one, or T.
+static int document_end(const int *start, int t, int T) {
+  int s = start[t];
+  while (t < T && start[t] == s) t++;
+  return t;
+}
+
+/*
+One head of one row of the batch: out (=) sum_j p_j v_j with p = softmax_j(q.k_j / sqrt(HS)), document by document. The keys come in blocks that are
+counted from the document's first token; each is transposed once, so that a product with it runs along its keys, and is met by
+all queries of the document that may see it. The bits of a query's result depend only on its own document up to itself, and cached decoding
+below takes the same steps.
+*/
+static void attend_head(floatX *out, float *lse, const floatX *q, const floatX *k, const floatX *v, const int *start, float *sums, int T, int NH, int QKV, int HS) {
+  float kt[KEYS * HEAD_MAX], p[QUERIES * KEYS];
+  size_t width = (size_t)NH * HS;
+  for (int t = 0; t < T; t++) {
+    memset(out + (size_t)t * width, 0, (size_t)HS * sizeof(float));
+    lse[(size_t)t * NH] = -INFINITY;   // holds the running top until the end
+    sums[t] = 0;
+  }
+  for (int first = 0; first < T;) {
+    int end = document_end(start, first, T);
+    for (int j0 = first; j0 < end; j0 += KEYS) {
+      int n = end - j0 < KEYS ? end - j0 : KEYS;
+      transpose_block(kt, k + (size_t)j0 * QKV, (size_t)QKV, n, HS);
+      for (int t0 = j0; t0 < end; t0 += QUERIES) {
+        int m = end - t0 < QUERIES ? end - t0 : QUERIES, seen = t0 + m - j0 < n ? t0 + m - j0 : n;   // keys that the last query sees
+        small_product(p, KEYS, 0, q + (size_t)t0 * QKV, (size_t)QKV, 1, kt, KEYS, (size_t)m, KEYS, (size_t)HS);
+        for (int i = 0; i < m; i++) {
+          int t = t0 + i;
+          softmax_block(p + i * KEYS, &lse[(size_t)t * NH], &sums[t], out + (size_t)t * width, t - j0 + 1 < KEYS ? t - j0 + 1 : KEYS, HS);
+        }
+        small_product(out + (size_t)t0 * width, width, 1, p, KEYS, 1, v + (size_t)j0 * QKV, (size_t)QKV, (size_t)m, (size_t)HS, (size_t)seen);
+      }
+    }
+    first = end;
+  }
+  for (int t = 0; t < T; t++) {
+    for (int i = 0; i < HS; i++) out[(size_t)t * width + (size_t)i] *= 1.0f / sums[t];
+    lse[(size_t)t * NH] += logf(sums[t]);
+  }
 }
 
 void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *start, int B, int T, int NH, int NKV, int HS) {
-  size_t QKV = (size_t)(NH + 2 * NKV) * HS;
+  int QKV = (NH + 2 * NKV) * HS;
+  float *sums = scratch_floats((size_t)thread_count() * T);
 #pragma omp parallel for collapse(2) schedule(static)
   for (int b = 0; b < B; b++) {
     for (int h = 0; h < NH; h++) {
-      int kvh = h / (NH / NKV);   // NH/NKV query heads share one key/value head
-      for (int t = 0; t < T; t++) {
-        size_t bt = (size_t)b * T + t;
-        int s = start[bt];
-        const float *k = qkv + ((size_t)b * T + s) * QKV + (size_t)(NH + kvh) * HS, *v = k + (size_t)NKV * HS;
-        lse[bt * NH + h] = attend(out + (bt * NH + h) * HS, qkv + bt * QKV + (size_t)h * HS, k, v, QKV, t - s + 1, HS);
-      }
+      size_t row = (size_t)b * T;
+      const float *x = qkv + row * QKV, *k = x + (size_t)(NH + h / (NH / NKV)) * HS;   // NH/NKV query heads share one key/value head
+      attend_head(out + (row * NH + h) * HS, lse + row * NH + h, x + (size_t)h * HS, k, k + (size_t)NKV * HS, start + row,
+                  sums + (size_t)thread_index() * T, T, NH, QKV, HS);
     }
   }
 }
@@ -619,63 +666,96 @@ s_j = scale q.k_j,   p_j = exp(s_j - lse),   o = sum_j p_j v_j             (j ru
   ds_j  = p_j (dp_j - sum_m p_m dp_m) the derivative of softmax; and sum_m p_m dp_m = do.o, one number D for each query
   dq   += scale ds_j k_j
   dk_j += scale ds_j q
-The probabilities are recomputed from lse, so the forward stores one number per query and head instead of a row of T. Each key/value
-head, with all the query heads that share it, is one task: nobody else writes its dk and dv.
+The probabilities are recomputed from lse, so the forward stores one number per query and head instead of a row of T. All five are small
+products between a block of queries and a block of keys. Each key/value head, with all the query heads that share it, is one task: nobody else
+writes its dk and dv.
+
+One query head against the keys from j0 on, n of them, of a document that ends at `end`; kt, vt: these keys and values transposed.
 */
+static void attend_backward_block(float *dq, float *dk, float *dv, const float *dout, const float *out, const float *lse, const float *q, const float *k,
+                                  const float *kt, const float *vt, int j0, int n, int end, int NH, int QKV, int HS) {
+  float p[QUERIES * KEYS], ds[QUERIES * KEYS], scale = 1.0f / sqrtf((float)HS);
+  size_t width = (size_t)NH * HS, stride = (size_t)QKV;
+  for (int t0 = j0; t0 < end; t0 += QUERIES) {
+    int m = end - t0 < QUERIES ? end - t0 : QUERIES, seen = t0 + m - j0 < n ? t0 + m - j0 : n;
+    const float *qt = q + (size_t)t0 * stride, *dot = dout + (size_t)t0 * width;
+    small_product(p, KEYS, 0, qt, stride, 1, kt, KEYS, (size_t)m, KEYS, (size_t)HS);
+    small_product(ds, KEYS, 0, dot, width, 1, vt, KEYS, (size_t)m, KEYS, (size_t)HS);   // dp
+    for (int i = 0; i < m; i++) {
+      size_t t = (size_t)(t0 + i);
+      float *RESTRICT pi = p + i * KEYS, *RESTRICT dsi = ds + i * KEYS, log_sum = lse[t * NH];
+      float D = dot_product(dout + t * width, out + t * width, HS);
+      int sees = (int)t - j0 + 1 < KEYS ? (int)t - j0 + 1 : KEYS;
+      for (int j = 0; j < KEYS; j++) pi[j] = exp_fast(pi[j] * scale - log_sum);
+      for (int j = sees; j < KEYS; j++) pi[j] = 0;
+      for (int j = 0; j < KEYS; j++) dsi[j] = pi[j] * (dsi[j] - D) * scale;
+    }
+    size_t M = (size_t)m, S = (size_t)seen, H = (size_t)HS;
+    small_product(dq + (size_t)t0 * stride, stride, 1, ds, KEYS, 1, k + (size_t)j0 * stride, stride, M, H, S);
+    small_product(dv + (size_t)j0 * stride, stride, 1, p, 1, KEYS, dot, width, S, H, M);
+    small_product(dk + (size_t)j0 * stride, stride, 1, ds, 1, KEYS, qt, stride, S, H, M);
+  }
+}
+
 void attention_backward(floatX *dqkv, const floatX *dout, const floatX *out, const float *lse, const floatX *qkv, const int *start,
                         int B, int T, int NH, int NKV, int HS) {
-  size_t QKV = (size_t)(NH + 2 * NKV) * HS;
-  float scale = 1.0f / sqrtf((float)HS);
-  int group = NH / NKV;
+  int QKV = (NH + 2 * NKV) * HS, group = NH / NKV;
+  memset(dqkv, 0, (size_t)B * T * QKV * sizeof(float));
 #pragma omp parallel for collapse(2) schedule(static)
   for (int b = 0; b < B; b++) {
     for (int kvh = 0; kvh < NKV; kvh++) {
-      size_t k_col = (size_t)(NH + kvh) * HS, v_col = k_col + (size_t)NKV * HS;
-      for (int t = 0; t < T; t++) {
-        float *row = dqkv + ((size_t)b * T + t) * QKV;
-        memset(row + (size_t)kvh * group * HS, 0, (size_t)group * HS * sizeof(float));
-        memset(row + k_col, 0, (size_t)HS * sizeof(float));
-        memset(row + v_col, 0, (size_t)HS * sizeof(float));
-      }
-      for (int h = kvh * group; h < (kvh + 1) * group; h++) {
-        for (int t = 0; t < T; t++) {
-          size_t bt = (size_t)b * T + t;
-          const float *RESTRICT q = qkv + bt * QKV + (size_t)h * HS, *RESTRICT dO = dout + (bt * NH + h) * HS;
-          float *RESTRICT dq = dqkv + bt * QKV + (size_t)h * HS;
-          float D = dot_product(dO, out + (bt * NH + h) * HS, HS), log_sum = lse[bt * NH + h];
-          for (int j = start[bt]; j <= t; j++) {
-            const float *RESTRICT k = qkv + ((size_t)b * T + j) * QKV + k_col, *RESTRICT v = k + (size_t)NKV * HS;
-            float *RESTRICT dk = dqkv + ((size_t)b * T + j) * QKV + k_col, *RESTRICT dv = dk + (size_t)NKV * HS;
-            float p = exp_fast(dot_product(q, k, HS) * scale - log_sum);
-            float ds = p * (dot_product(dO, v, HS) - D) * scale;
-            for (int i = 0; i < HS; i++) {
-              dv[i] += p * dO[i];
-              dq[i] += ds * k[i];
-              dk[i] += ds * q[i];
-            }
+      float kt[KEYS * HEAD_MAX], vt[KEYS * HEAD_MAX];
+      size_t row = (size_t)b * T, k_col = (size_t)(NH + kvh) * HS, v_col = k_col + (size_t)NKV * HS;
+      const float *x = qkv + row * QKV, *k = x + k_col;
+      float *dx = dqkv + row * QKV;
+      for (int first = 0; first < T;) {
+        int end = document_end(start + row, first, T);
+        for (int j0 = first; j0 < end; j0 += KEYS) {
+          int n = end - j0 < KEYS ? end - j0 : KEYS;
+          transpose_block(kt, k + (size_t)j0 * QKV, (size_t)QKV, n, HS);
+          transpose_block(vt, x + v_col + (size_t)j0 * QKV, (size_t)QKV, n, HS);
+          for (int h = kvh * group; h < (kvh + 1) * group; h++) {
+            size_t head = (row * NH + h) * HS;
+            attend_backward_block(dx + (size_t)h * HS, dx + k_col, dx + v_col, dout + head, out + head, lse + row * NH + h, x + (size_t)h * HS, k,
+                                  kt, vt, j0, n, end, NH, QKV, HS);
           }
         }
+        first = end;
       }
     }
   }
 }
 
-// The same softmax against stored keys and values. All rows are stored first, so the rows of a prompt can come in one call.
+/*
+The same softmax against stored keys and values. All rows are stored first, so the rows of a prompt can come in one call. Keys lie in the cache as
+the products want them: for each sequence and head, blocks of KEYS positions transposed, [capacity/KEYS][HS][KEYS]; values as [capacity][HS].
+*/
 void attention_cached(floatX *out, floatX *kcache, floatX *vcache, const floatX *qkv, const int *seq, const int *pos,
                       int R, int capacity, int NH, int NKV, int HS) {
-  size_t QKV = (size_t)(NH + 2 * NKV) * HS, width = (size_t)NKV * HS;
+  size_t QKV = (size_t)(NH + 2 * NKV) * HS, head = (size_t)capacity * HS;
 #pragma omp parallel for schedule(static)
   for (int r = 0; r < R; r++) {
-    size_t at = ((size_t)seq[r] * capacity + pos[r]) * width;
-    const float *k = qkv + (size_t)r * QKV + (size_t)NH * HS;
-    memcpy(kcache + at, k, width * sizeof(float));
-    memcpy(vcache + at, k + width, width * sizeof(float));
+    for (int kvh = 0; kvh < NKV; kvh++) {
+      size_t base = ((size_t)seq[r] * NKV + kvh) * head;
+      const float *k = qkv + (size_t)r * QKV + (size_t)(NH + kvh) * HS, *v = k + (size_t)NKV * HS;
+      float *kt = kcache + base + (size_t)(pos[r] / KEYS) * HS * KEYS + pos[r] % KEYS;
+      for (int i = 0; i < HS; i++) kt[(size_t)i * KEYS] = k[i];
+      memcpy(vcache + base + (size_t)pos[r] * HS, v, (size_t)HS * sizeof(float));
+    }
   }
 #pragma omp parallel for collapse(2) schedule(static)
   for (int r = 0; r < R; r++) {
     for (int h = 0; h < NH; h++) {
-      size_t first = (size_t)seq[r] * capacity * width + (size_t)(h / (NH / NKV)) * HS;
-      attend(out + ((size_t)r * NH + h) * HS, qkv + (size_t)r * QKV + (size_t)h * HS, kcache + first, vcache + first, width, pos[r] + 1, HS);
+      size_t base = ((size_t)seq[r] * NKV + h / (NH / NKV)) * head;
+      float p[KEYS], top = -INFINITY, sum = 0, *o = out + ((size_t)r * NH + h) * HS;
+      for (int i = 0; i < HS; i++) o[i] = 0;
+      for (int j0 = 0; j0 <= pos[r]; j0 += KEYS) {
+        int n = pos[r] - j0 + 1 < KEYS ? pos[r] - j0 + 1 : KEYS;
+        small_product(p, KEYS, 0, qkv + (size_t)r * QKV + (size_t)h * HS, 0, 1, kcache + base + (size_t)j0 * HS, KEYS, 1, KEYS, (size_t)HS);
+        softmax_block(p, &top, &sum, o, n, HS);
+        small_product(o, 0, 1, p, 0, 1, vcache + base + (size_t)j0 * HS, (size_t)HS, 1, (size_t)HS, (size_t)n);
+      }
+      for (int i = 0; i < HS; i++) o[i] *= 1.0f / sum;
     }
   }
 }
@@ -762,7 +842,7 @@ void linear_forward(floatX *out, const floatX *x, const float *w, int R, int N, 
   set_b(&g, w, 0, 1, (size_t)K);
   g.C = out;
   g.precision = precision;
-  gemm_f32(&g, scratch_floats(gemm_scratch_bytes() / sizeof(float)));
+  gemm(&g, scratch_floats(gemm_scratch_bytes() / sizeof(float)));
 }
 
 // y = x w':  dx = dy w,  dw += dy' x.
@@ -774,12 +854,12 @@ void linear_backward(floatX *dx, float *dw, const floatX *dout, const floatX *x,
   set_b(&g, w, 0, (size_t)K, 1);
   g.C = dx;
   g.precision = precision;
-  gemm_f32(&g, scratch);
+  gemm(&g, scratch);
   g.M = (size_t)N, g.N = (size_t)K, g.K = (size_t)R;
   g.a_row = 1, g.a_col = (size_t)N;
   set_b(&g, x, 0, (size_t)K, 1);
   g.C = dw, g.accumulate = 1;
-  gemm_f32(&g, scratch);
+  gemm(&g, scratch);
 }
 
 // ---------------------------------------------------------------------------------------------------------

@@ -17,9 +17,10 @@ Defines:     Session, session_open, session_free, session_forward; Sampler, samp
 typedef struct {
   Model *m;
   int sequences, capacity;    // caches, and positions in each
+  int cache_rows;             // capacity rounded up to whole blocks, which is what is allocated
   int max_rows;               // rows of one session_forward
   void *memory;
-  floatX **kcache, **vcache;  // [L] of [sequences, capacity, NKV*HS]
+  floatX **kcache, **vcache;  // [L] of sequences * cache_rows * NKV*HS numbers
   LayerActs acts;             // one block's buffers, shared by all
   floatX *x, *y;              // [max_rows,C] the residual stream, block by block
   float *rstd;                // [max_rows]
@@ -31,7 +32,7 @@ typedef struct {
 static void session_layout_(Arena *a, Session *s, int codes_only) {
   const Config *c = &s->m->c;
   size_t R = (size_t)s->max_rows, row = R * (size_t)c->dim * sizeof(floatX);
-  size_t cache = (size_t)s->sequences * (size_t)s->capacity * (size_t)(c->kv_heads * c->head_dim) * sizeof(floatX);
+  size_t cache = (size_t)s->sequences * (size_t)s->cache_rows * (size_t)(c->kv_heads * c->head_dim) * sizeof(floatX);
   for (int l = 0; l < c->layers; l++) {
     s->kcache[l] = (floatX *)take_(a, cache);
     s->vcache[l] = (floatX *)take_(a, cache);
@@ -53,6 +54,7 @@ UNUSED static void session_open(Session *s, Model *m, int sequences, int capacit
   s->m = m;
   s->sequences = sequences;
   s->capacity = capacity;
+  s->cache_rows = (capacity + KV_BLOCK - 1) / KV_BLOCK * KV_BLOCK;
   s->max_rows = max_rows;
   s->kcache = (floatX **)xcalloc((size_t)m->c.layers, sizeof(floatX *));
   s->vcache = (floatX **)xcalloc((size_t)m->c.layers, sizeof(floatX *));
@@ -91,7 +93,7 @@ UNUSED static const float *session_forward(Session *s, const int *tokens, const 
   ctx.R = n;
   ctx.pos = s->pos;
   ctx.seq = s->seq;
-  ctx.capacity = s->capacity;
+  ctx.capacity = s->cache_rows;
   embedding_forward(s->x, s->tokens, m->params + m->table.embed, n, c->dim);
   for (int l = 0; l < c->layers; l++) {
     ctx.kcache = s->kcache[l];

@@ -56,6 +56,7 @@ UNUSED static const char *config_check(const Config *c) {
   why[0] = 0;
   if (c->heads % c->kv_heads != 0) snprintf(why, sizeof why, "heads=%d is not a multiple of kv_heads=%d", c->heads, c->kv_heads);
   else if (c->head_dim % 2 != 0) snprintf(why, sizeof why, "head_dim=%d is odd; RoPE rotates pairs", c->head_dim);
+  else if (c->head_dim > HEAD_MAX) snprintf(why, sizeof why, "head_dim=%d: expected at most %d", c->head_dim, HEAD_MAX);
   else if (c->act_bits != 0 && c->act_bits != 4 && c->act_bits != 8) snprintf(why, sizeof why, "act_bits=%d: expected 8, 4 or 0", c->act_bits);
   else if ((long)c->heads * c->head_dim > 1 << 24) snprintf(why, sizeof why, "heads=%d x head_dim=%d is too wide", c->heads, c->head_dim);
   else if (!(c->norm_eps > 0) || !(c->rope_theta > 0)) snprintf(why, sizeof why, "norm_eps and rope_theta must be positive");
@@ -512,7 +513,7 @@ typedef struct {
   const int *pos;              // [R]
   int B, T;                    // training: R = B*T
   const int *start;            // [R]
-  floatX *kcache, *vcache;     // decoding (NULL in training): this layer's [sequences, capacity, NKV*HS]
+  floatX *kcache, *vcache;     // decoding (NULL in training): this layer's caches
   const int *seq;              // [R]
   int capacity;
 } Context;

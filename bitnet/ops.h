@@ -36,6 +36,7 @@ typedef float floatX;
 
 enum { PRECISION_BF16 = 0, PRECISION_FP32 = 1 };   // what the operands of float products are rounded to
 enum { ACT_RELU2 = 0, ACT_SILU = 1 };              // the gate of the FFN: max(z,0)^2 or z * sigmoid(z)
+enum { KV_BLOCK = 64, HEAD_MAX = 256 };            // caches grow in blocks of positions; the widest head
 
 /*
 Quantised activations, the input of a BitLinear: R rows of K values in the form that the current lambda asks for.
@@ -141,7 +142,8 @@ void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *st
 void attention_backward(floatX *dqkv, const floatX *dout, const floatX *out, const float *lse, const floatX *qkv, const int *start,
                         int B, int T, int NH, int NKV, int HS);
 // Attention against a cache. Row r belongs to sequence seq[r] at position pos[r]; its k and v are stored first, for all rows,
-// then it sees positions 0 .. pos[r] of its sequence. kcache, vcache [sequences, capacity, NKV*HS]; out (=) [R,NH*HS]
+// then it sees positions 0 .. pos[r] of its sequence. out (=) [R,NH*HS]. kcache, vcache: sequences * capacity * NKV*HS numbers each, in whatever
+// layout the backend likes, zeroed before the first use; capacity is a multiple of KV_BLOCK.
 void attention_cached(floatX *out, floatX *kcache, floatX *vcache, const floatX *qkv, const int *seq, const int *pos,
                       int R, int capacity, int NH, int NKV, int HS);
 

@@ -199,9 +199,9 @@ typedef struct {
 
 static const Preset presets[] = {
     {"arithmetic", "two-digit sums and differences; learns to calculate in a minute or two",
-     "dim=128 layers=3 heads=4 ffn_dim=384 steps=1200 batch_size=256 lr=4e-3 warmup_steps=60 lambda_warmup_frac=0.2 min_lr=0 save_every=400"},
+     "dim=128 layers=3 heads=4 ffn_dim=384 steps=1200 batch_size=256 lr=4e-3 warmup_steps=60 lambda_warmup_frac=0.2 min_lr=0 init_std=0.1 save_every=400"},
     {"simple", "100 steps of arithmetic with a small batch: does everything work here?",
-     "dim=128 layers=3 heads=4 ffn_dim=384 steps=100 batch_size=64 lr=4e-3 warmup_steps=10 lambda_warmup_frac=0.2 min_lr=0"},
+     "dim=128 layers=3 heads=4 ffn_dim=384 steps=100 batch_size=64 lr=4e-3 warmup_steps=10 lambda_warmup_frac=0.2 min_lr=0 init_std=0.1"},
     {"tinystories", "12M parameters for TinyStories or a text of your own; give data=",
      "dim=384 layers=6 heads=8 kv_heads=4 ffn_dim=1152 seq_len=256 steps=5000 batch_size=16 grad_accum=2 lr=1.5e-3 lr_schedule=two_stage warmup_steps=250 "
      "lambda_schedule=none save_every=1000 eval_every=250 sample_every=500 data="},

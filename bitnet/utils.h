@@ -351,7 +351,8 @@ UNUSED static int sync_parent_(const char *path) {
   return err;
 }
 
-// 0, or the errno of the first failure; then the temporary file is gone and the old one untouched.
+// 0, or the errno of the first failure; then the temporary file is gone and the old one untouched (except where only the very last
+// step, flushing the directory, failed: then the new file is in place).
 UNUSED static int safe_commit(SafeFile *f) {
   if (f->fd >= 0) {
     if (!f->failed && (io_fault_() || fsync(f->fd) != 0)) f->failed = errno;

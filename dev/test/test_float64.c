@@ -181,8 +181,7 @@ static void check_gradient(const char *name, double *x, const double *grad, size
 
 /*
 One op under test. in: its inputs; weight: what each output counts in the scalar that is differentiated, f = sum weight * out,
-    so weight is
-the gradient "dout" that the backward pass starts from.
+so weight is the gradient "dout" that the backward pass starts from.
 */
 typedef struct {
   double *in[4], *out, *aux, *weight;
@@ -192,8 +191,11 @@ typedef struct {
   BitWeight w;
 } Op;
 
-enum { R_ = 7, C_ = 11, V_ = 13, B_ = 2, T_ = 6, NH_ = 4, NKV_ = 2, HS_ = 6, QKV_ = (NH_ + 2 * NKV_) * HS_, ATT_ = NH_ * HS_,
-      BT_ = B_ * T_ };
+enum {
+  R_ = 7, C_ = 11, V_ = 13,
+  B_ = 2, T_ = 6, BT_ = B_ * T_,
+  NH_ = 4, NKV_ = 2, HS_ = 6, QKV_ = (NH_ + 2 * NKV_) * HS_, ATT_ = NH_ * HS_
+};
 static const double EPS = 1e-2;   // of norms; large, so that it is seen
 
 static void free_op(Op *o) {
@@ -307,9 +309,8 @@ static void test_headnorm(void) {
 }
 
 /*
-BitLinear at lambda = 0, 0.3, 1 and with float activations. in[0], in[1]: the effective values of x and w,
-    which are the variables of the
-straight-through gradient; in[2]: bias; in[3]: residual.
+BitLinear at lambda = 0, 0.3, 1 and with float activations. in[0], in[1]: the effective values of x and w, which are the
+variables of the straight-through gradient; in[2]: bias; in[3]: residual.
 */
 static double f_bitlinear(void *arg) {
   Op *o = (Op *)arg;
@@ -569,8 +570,8 @@ static void open_tiny(Model *m, const Config *c, int recompute) {
   m->head_rows = 5;   // the classifier in three pieces
   for (int i = 0; i < m->table.count; i++) {
     const Tensor *t = &m->table.tensors[i];
-    for (size_t k = 0; k < t->n && t->flags & (NORM | BIAS); k++) m->params[t->offset + k] += 0.3 * rng_normal(6, RNG_TEST,
-                                                                                                               (uint64_t)i << 32 | k);
+    if (!(t->flags & (NORM | BIAS))) continue;
+    for (size_t k = 0; k < t->n; k++) m->params[t->offset + k] += 0.3 * rng_normal(6, RNG_TEST, (uint64_t)i << 32 | k);
   }
   for (int i = 0; i < BT_; i++) {
     m->tokens[i] = (int)rng_below(7, RNG_TEST, (uint64_t)i, V_);
@@ -592,10 +593,9 @@ static double f_model(void *arg) {
 }
 
 /*
-Gradients of all parameters at lambda. The function that is differentiated is a second model, smooth: it runs at lambda = 0,
-    its ternary
-tensors hold the effective weights w + lambda (Q(w) - w), and its quantisers add the recorded rounding errors. The slope of relu2 has
-a bend at 0, so no gate may lie there and the steps are small, 1e-5; rounding then leaves eight digits.
+Gradients of all parameters at lambda. The function that is differentiated is a second model, smooth: it runs at lambda = 0, its
+ternary tensors hold the effective weights w + lambda (Q(w) - w), and its quantisers add the recorded rounding errors. The slope of
+relu2 has a bend at 0, so no gate may lie there and the steps are small, 1e-5; rounding then leaves eight digits.
 */
 static void check_model(int style, double lambda, int recompute) {
   Config c = tiny_config(style);
@@ -618,7 +618,8 @@ static void check_model(int style, double lambda, int recompute) {
     const size_t at[4] = {s->qkv, s->o, s->gate_up, s->down};
     for (int k = 0; k < 4; k++) {
       for (size_t i = 0; i < (size_t)w[k]->N * (size_t)w[k]->K; i++) {
-        double value = lambda == 1 ? ((const int8_t *)w[k]->data)[i] * w[k]->gamma[i / (size_t)w[k]->K] : ((const double *)w[k]->data)[i];
+        double gamma = w[k]->gamma[i / (size_t)w[k]->K];
+        double value = lambda == 1 ? ((const int8_t *)w[k]->data)[i] * gamma : ((const double *)w[k]->data)[i];
         rounded += fabs(value - m.params[at[k] + i]);
         smooth.params[at[k] + i] = value;
       }

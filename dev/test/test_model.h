@@ -2,8 +2,7 @@
 test_model.h: what must hold for whole models, decoding and sampling whatever the weights are. No PyTorch needed.
 
 What it is:  equalities: a training step with any number of threads, with recompute, in micro-batches, with packed documents,
-    without
-             lambda; decoding with a cache against training's forward pass; frequencies of the sampler.
+             without lambda; decoding with a cache against training's forward pass; frequencies of the sampler.
 What not:    single ops (test_ops.h), comparisons with PyTorch (test_reference.h), derivatives (test_float64.c).
 Read before: test_ops.h, whose helpers it uses; bitnet/model.h, bitnet/losses.h, bitnet/infer.h.
 Defines:     MODEL_TESTS, the rows for the table of tests.
@@ -56,8 +55,8 @@ static void open_model_(Model *m, const Config *c, int precision, int B, int T, 
     const Tensor *t = &m->table.tensors[i];
     if (!(t->flags & (NORM | BIAS))) continue;
     float *x = (float *)xmalloc(t->n * sizeof(float));
-    for (size_t k = 0; k < t->n; k++) x[k] = (float)((t->flags & NORM ? 1.0 : 0.0) + 0.2 * rng_normal(4, RNG_TEST,
-                                                                                                      (uint64_t)i << 32 | k));
+    double mean = t->flags & NORM ? 1 : 0;
+    for (size_t k = 0; k < t->n; k++) x[k] = (float)(mean + 0.2 * rng_normal(4, RNG_TEST, (uint64_t)i << 32 | k));
     dev_copy_in(m->params + t->offset, x, t->n * sizeof(float));
     free(x);
   }
@@ -111,48 +110,51 @@ static void check_arenas_(const char *what, const Model *m, const float *got, co
   for (int i = 0; i < m->table.count; i++) {
     const Tensor *t = &m->table.tensors[i];
     double error = rel_error(got + t->offset, want + t->offset, t->n), limit = t->flags & (NORM | BIAS) ? 2 * bound : bound;
-    if (bound == 0) CHECK(same_bits_(got + t->offset, want + t->offset, t->n * sizeof(float)),
-                          "%s: %s differs, relative error %.3g", what, t->name, error);
-    else CHECK(error <= limit, "%s: %s: relative error %.3g, bound %.3g", what, t->name, error, limit);
+    int same = same_bits_(got + t->offset, want + t->offset, t->n * sizeof(float));
+    CHECK(bound == 0 ? same : error <= limit, "%s: %s: relative error %.3g, bound %.3g", what, t->name, error, limit);
   }
 }
 
 // The forms in which whole models are compared.
-static const struct { int style; float lambda; int precision; const char *name; } model_forms_[] = {
+typedef struct {
+  int style;
+  float lambda;
+  int precision;
+  const char *name;
+} ModelForm_;
+
+static const ModelForm_ model_forms_[] = {
   {BITNET_STYLE, 1, PRECISION_BF16, "bitnet, lambda 1, bf16"}, {BITNET_STYLE, 1, PRECISION_FP32, "bitnet, lambda 1, fp32"},
-  {BITNET_STYLE, 0.3f, PRECISION_BF16, "bitnet, lambda 0.3, bf16"}, {CONVERTED_STYLE, 1, PRECISION_FP32,
-                                                                     "converted, lambda 1, fp32"},
-  {CONVERTED_STYLE, 0, PRECISION_BF16, "converted, lambda 0, bf16"}, {ODD_STYLE, 1, PRECISION_BF16, "odd, lambda 1, bf16"},
-  {ODD_STYLE, 0.3f, PRECISION_FP32, "odd, lambda 0.3, fp32"}};
+  {BITNET_STYLE, 0.3f, PRECISION_BF16, "bitnet, lambda 0.3, bf16"},
+  {CONVERTED_STYLE, 1, PRECISION_FP32, "converted, lambda 1, fp32"},
+  {CONVERTED_STYLE, 0, PRECISION_BF16, "converted, lambda 0, bf16"},
+  {ODD_STYLE, 1, PRECISION_BF16, "odd, lambda 1, bf16"}, {ODD_STYLE, 0.3f, PRECISION_FP32, "odd, lambda 0.3, fp32"}};
 
 // Two whole steps with 1, 2 and 3 threads: losses, gradients, norm and parameters have the same bits.
 static void test_threads_model(void) {
   for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
-    Config c = small_config_(model_forms_[f].style);
+    const ModelForm_ *form = &model_forms_[f];
+    Config c = small_config_(form->style);
     Batch b;
     random_batch_(&b, 3, 150, c.vocab, 1);
     float *params[3], *grads[3];
     double loss[3], norm[3];
-    for (int threads = 1; threads <= 3; threads++) {
+    for (int i = 0; i < 3; i++) {
       Model m;
-      set_threads_(threads);
-      open_model_(&m, &c, model_forms_[f].precision, 3, 150, 0, 0);
+      set_threads_(i + 1);
+      open_model_(&m, &c, form->precision, 3, 150, 0, 0);
       for (int t = 1; t <= 2; t++) {
-        model_quantize(&m, model_forms_[f].lambda);
-        loss[threads - 1] = gradients_(&m, &b, 1.0f / (float)b.n_targets);
-        norm[threads - 1] = grad_norm(&m);
+        model_quantize(&m, form->lambda);
+        loss[i] = gradients_(&m, &b, 1.0f / (float)b.n_targets);
+        norm[i] = grad_norm(&m);
         adamw_step(&m, 0.5f, 0.01, 0.1, 0.9, 0.95, 1e-8, t);
       }
-      params[threads - 1] = read_floats_(m.params, m.table.floats);
-      grads[threads - 1] = read_grads_(&m);
-      CHECK(isfinite(loss[threads - 1]) && norm[threads - 1] > 0, "%s: loss %g, norm %g", model_forms_[f].name, loss[threads - 1],
-            norm[threads - 1]);
-      if (threads > 1) {
-        CHECK(loss[threads - 1] == loss[0] && norm[threads - 1] == norm[0], "%s: loss %.17g, %.17g with one thread",
-              model_forms_[f].name, loss[threads - 1], loss[0]);
-        check_arenas_(model_forms_[f].name, &m, grads[threads - 1], grads[0], 0);
-        check_arenas_(model_forms_[f].name, &m, params[threads - 1], params[0], 0);
-      }
+      params[i] = read_floats_(m.params, m.table.floats);
+      grads[i] = read_grads_(&m);
+      CHECK(isfinite(loss[i]) && norm[i] > 0, "%s: loss %g, norm %g", form->name, loss[i], norm[i]);
+      CHECK(loss[i] == loss[0] && norm[i] == norm[0], "%s: loss %.17g, %.17g with one thread", form->name, loss[i], loss[0]);
+      check_arenas_(form->name, &m, grads[i], grads[0], 0);
+      check_arenas_(form->name, &m, params[i], params[0], 0);
       model_free(&m);
     }
     batch_free(&b);
@@ -163,27 +165,28 @@ static void test_threads_model(void) {
 
 static void test_recompute(void) {
   for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
-    Config c = small_config_(model_forms_[f].style);
+    const ModelForm_ *form = &model_forms_[f];
+    Config c = small_config_(form->style);
     Batch b;
     float *grads[2];
     double loss[2];
     random_batch_(&b, 2, 35, c.vocab, 1);
     for (int recompute = 0; recompute < 2; recompute++) {
       Model m;
-      open_model_(&m, &c, model_forms_[f].precision, 2, 35, recompute, model_forms_[f].lambda == 1);
-      model_quantize(&m, model_forms_[f].lambda);
+      open_model_(&m, &c, form->precision, 2, 35, recompute, form->lambda == 1);
+      model_quantize(&m, form->lambda);
       loss[recompute] = gradients_(&m, &b, 0.01f);
       grads[recompute] = read_grads_(&m);
-      if (recompute) check_arenas_(model_forms_[f].name, &m, grads[1], grads[0], 0);
+      if (recompute) check_arenas_(form->name, &m, grads[1], grads[0], 0);
       for (int i = 0; i < m.table.count; i++) {   // every tensor takes part
         const Tensor *t = &m.table.tensors[i];
         double sum = 0;
         for (size_t k = 0; k < t->n; k++) sum += fabs((double)grads[recompute][t->offset + k]);
-        CHECK(isfinite(sum) && sum > 0, "%s: the gradient of %s is %g", model_forms_[f].name, t->name, sum);
+        CHECK(isfinite(sum) && sum > 0, "%s: the gradient of %s is %g", form->name, t->name, sum);
       }
       model_free(&m);
     }
-    CHECK(loss[0] == loss[1], "%s: loss %.17g, %.17g with recompute", model_forms_[f].name, loss[0], loss[1]);
+    CHECK(loss[0] == loss[1], "%s: loss %.17g, %.17g with recompute", form->name, loss[0], loss[1]);
     batch_free(&b);
     end_test_();
   }
@@ -191,22 +194,22 @@ static void test_recompute(void) {
 
 static void test_micro_batches(void) {
   for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
-    Config c = small_config_(model_forms_[f].style);
+    const ModelForm_ *form = &model_forms_[f];
+    Config c = small_config_(form->style);
     Model whole, half;
     Batch b;
     float coef, host_coef[2 * 35];
     random_batch_(&b, 4, 35, c.vocab, 1);
     coef = 1.0f / (float)b.n_targets;
-    open_model_(&whole, &c, model_forms_[f].precision, 4, 35, 0, 0);
-    open_model_(&half, &c, model_forms_[f].precision, 2, 35, 0, 0);
-    model_quantize(&whole, model_forms_[f].lambda);
-    model_quantize(&half, model_forms_[f].lambda);
+    open_model_(&whole, &c, form->precision, 4, 35, 0, 0);
+    open_model_(&half, &c, form->precision, 2, 35, 0, 0);
+    model_quantize(&whole, form->lambda);
+    model_quantize(&half, form->lambda);
     double loss = gradients_(&whole, &b, coef);
     Batch first = batch_rows_(&b, 0, 2), second = batch_rows_(&b, 2, 2);
     double loss1 = gradients_(&half, &first, coef), loss2 = batch_loss(&half, &second, coef, host_coef, 1);
-    CHECK(fabs(loss1 + loss2 - loss) <= 1e-14 * loss, "%s: losses %.17g + %.17g, in one batch %.17g", model_forms_[f].name, loss1,
-          loss2, loss);
-    check_arenas_(model_forms_[f].name, &half, read_grads_(&half), read_grads_(&whole), 1e-6);
+    CHECK(fabs(loss1 + loss2 - loss) <= 1e-14 * loss, "%s: losses %.17g, in one batch %.17g", form->name, loss1 + loss2, loss);
+    check_arenas_(form->name, &half, read_grads_(&half), read_grads_(&whole), 1e-6);
     model_free(&whole);
     model_free(&half);
     batch_free(&b);
@@ -217,12 +220,13 @@ static void test_micro_batches(void) {
 // The classifier in chunks of 7 rows and in one piece: the same losses and gradient of the last hidden state.
 static void test_head_chunks(void) {
   for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
-    Config c = small_config_(model_forms_[f].style);
+    const ModelForm_ *form = &model_forms_[f];
+    Config c = small_config_(form->style);
     Model m;
     Batch b;
     random_batch_(&b, 2, 35, c.vocab, 0);
-    open_model_(&m, &c, model_forms_[f].precision, 2, 35, 0, 0);
-    model_quantize(&m, model_forms_[f].lambda);
+    open_model_(&m, &c, form->precision, 2, 35, 0, 0);
+    model_quantize(&m, form->lambda);
     size_t n = (size_t)m.R * (size_t)c.dim;
     CHECK(m.head_rows == m.R, "%d rows of logits at a time for %d rows", m.head_rows, m.R);
     double loss = gradients_(&m, &b, 0.01f);
@@ -232,11 +236,11 @@ static void test_head_chunks(void) {
       head_cross_entropy(&m, 1);
       dfinal[chunked] = read_acts_(m.dfinal, n);
     }
-    CHECK(same_bits_(dfinal[0], dfinal[1], n * sizeof(float)), "%s: dfinal differs", model_forms_[f].name);
-    CHECK(gradients_(&m, &b, 0.01f) == loss, "%s: loss differs", model_forms_[f].name);
+    CHECK(same_bits_(dfinal[0], dfinal[1], n * sizeof(float)), "%s: dfinal differs", form->name);
+    CHECK(gradients_(&m, &b, 0.01f) == loss, "%s: loss differs", form->name);
     CHECK(same_bits_(losses, read_floats_(m.losses, (size_t)m.R), (size_t)m.R * sizeof(float)), "%s: losses differ",
-          model_forms_[f].name);
-    check_arenas_(model_forms_[f].name, &m, read_grads_(&m), grads, 1e-6);
+          form->name);
+    check_arenas_(form->name, &m, read_grads_(&m), grads, 1e-6);
     model_free(&m);
     batch_free(&b);
     end_test_();
@@ -251,7 +255,8 @@ static void test_head_chunks(void) {
 static void test_packed_documents(void) {
   static const int lengths[] = {13, 1, 70, 6};
   for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
-    Config c = small_config_(model_forms_[f].style);
+    const ModelForm_ *form = &model_forms_[f];
+    Config c = small_config_(form->style);
     size_t C = (size_t)c.dim;
     Model packed;
     Batch b;
@@ -263,12 +268,11 @@ static void test_packed_documents(void) {
         b.pos[t0 + t] = t;
       }
     }
-    open_model_(&packed, &c, model_forms_[f].precision, 1, T, 0, 0);
-    model_quantize(&packed, model_forms_[f].lambda);
+    open_model_(&packed, &c, form->precision, 1, T, 0, 0);
+    model_quantize(&packed, form->lambda);
     gradients_(&packed, &b, 0.01f);
-    float *final = read_acts_(packed.final, (size_t)T * C), *losses = read_floats_(packed.losses, (size_t)T),
-        *want = read_grads_(&packed);
-    float *sum = host_floats_(packed.table.floats);
+    float *final = read_acts_(packed.final, (size_t)T * C), *losses = read_floats_(packed.losses, (size_t)T);
+    float *want = read_grads_(&packed), *sum = host_floats_(packed.table.floats);
     t0 = 0;
     for (size_t d = 0; d < ARRAY_LEN(lengths); t0 += lengths[d++]) {
       Model alone;
@@ -277,19 +281,18 @@ static void test_packed_documents(void) {
       random_batch_(&part, 1, n, c.vocab, 0);
       memcpy(part.tokens, b.tokens + t0, (size_t)n * sizeof(int));
       memcpy(part.targets, b.targets + t0, (size_t)n * sizeof(int));
-      open_model_(&alone, &c, model_forms_[f].precision, 1, n, 0, 0);
-      model_quantize(&alone, model_forms_[f].lambda);
+      open_model_(&alone, &c, form->precision, 1, n, 0, 0);
+      model_quantize(&alone, form->lambda);
       gradients_(&alone, &part, 0.01f);
-      CHECK(same_bits_(read_acts_(alone.final, (size_t)n * C), final + (size_t)t0 * C, (size_t)n * C * sizeof(float)),
-            "%s: document %zu", model_forms_[f].name, d);
-      CHECK(same_bits_(read_floats_(alone.losses, (size_t)n), losses + t0, (size_t)n * sizeof(float)),
-            "%s: losses of document %zu", model_forms_[f].name, d);
+      float *alone_final = read_acts_(alone.final, (size_t)n * C), *alone_losses = read_floats_(alone.losses, (size_t)n);
       float *g = read_grads_(&alone);
+      CHECK(same_bits_(alone_final, final + (size_t)t0 * C, (size_t)n * C * sizeof(float)), "%s: document %zu", form->name, d);
+      CHECK(same_bits_(alone_losses, losses + t0, (size_t)n * sizeof(float)), "%s: losses of document %zu", form->name, d);
       for (size_t i = 0; i < alone.table.floats; i++) sum[i] += g[i];
       model_free(&alone);
       batch_free(&part);
     }
-    check_arenas_(model_forms_[f].name, &packed, sum, want, 1e-6);
+    check_arenas_(form->name, &packed, sum, want, 1e-6);
     model_free(&packed);
     batch_free(&b);
     end_test_();
@@ -340,10 +343,8 @@ static void test_nan_visible(void) {
         dev_copy_in(m.params + at, &bad, sizeof bad);
         model_quantize(&m, lambda);
         double loss = gradients_(&m, &b, 0.01f), norm = grad_norm(&m);
-        CHECK(!isfinite(loss), "style %d, lambda %g: %s holds %g and the loss is %g", style, (double)lambda, t->name, (double)bad,
-              loss);
-        CHECK(!isfinite(norm), "style %d, lambda %g: %s holds %g and the norm is %g", style, (double)lambda, t->name, (double)bad,
-              norm);
+        CHECK(!isfinite(loss) && !isfinite(norm), "style %d, lambda %g: %s holds %g; loss %g, norm %g", style, (double)lambda,
+              t->name, (double)bad, loss, norm);
         dev_copy_in(m.params + at, &old, sizeof old);
       }
       model_free(&m);
@@ -354,28 +355,28 @@ static void test_nan_visible(void) {
 }
 
 /*
-A whole optimizer step asks for no memory. alloc_guard stops every xmalloc and dev_malloc; test_allocations,
-    counted by test_bitnet.c,
-sees calls that go around them.
+A whole optimizer step asks for no memory. alloc_guard stops every xmalloc and dev_malloc; test_allocations, counted by
+test_bitnet.c, sees calls that go around them.
 */
 static void test_no_allocation(void) {
   for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
+    const ModelForm_ *form = &model_forms_[f];
     for (int recompute = 0; recompute < 2; recompute++) {
-      Config c = small_config_(model_forms_[f].style);
+      Config c = small_config_(form->style);
       Model m;
       Batch b;
       float coef[2 * 35];
       random_batch_(&b, 2, 35, c.vocab, 1);
-      open_model_(&m, &c, model_forms_[f].precision, 2, 35, recompute, 0);
+      open_model_(&m, &c, form->precision, 2, 35, recompute, 0);
       long before = test_allocations;
       alloc_guard = 1;
-      model_quantize(&m, model_forms_[f].lambda);
+      model_quantize(&m, form->lambda);
       batch_loss(&m, &b, 0.01f, coef, 1);
       batch_loss(&m, &b, 0.01f, coef, 1);
       double norm = grad_norm(&m);
       adamw_step(&m, 1, 1e-3, 0.1, 0.9, 0.95, 1e-8, 1);
       alloc_guard = 0;
-      CHECK(test_allocations == before, "%s: %ld allocations inside a step", model_forms_[f].name, test_allocations - before);
+      CHECK(test_allocations == before, "%s: %ld allocations inside a step", form->name, test_allocations - before);
       CHECK(norm > 0, "norm %g", norm);
       model_free(&m);
       batch_free(&b);
@@ -430,15 +431,16 @@ static void test_decode(void) {
   enum { T = 150 };
   static const int pieces[] = {T, 37, 1};
   for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
-    Config c = small_config_(model_forms_[f].style);
+    const ModelForm_ *form = &model_forms_[f];
+    Config c = small_config_(form->style);
     size_t row = (size_t)c.vocab * sizeof(float);
     Model m;
     Batch b, rows[2];
     float *want[2];
-    int codes_only = model_forms_[f].lambda == 1, seq[2 * T], pos[2 * T], tokens[2 * T];
+    int codes_only = form->lambda == 1, seq[2 * T], pos[2 * T], tokens[2 * T];
     random_batch_(&b, 2, T, c.vocab, 0);
-    open_model_(&m, &c, model_forms_[f].precision, 1, T, 0, 0);
-    model_quantize(&m, model_forms_[f].lambda);
+    open_model_(&m, &c, form->precision, 1, T, 0, 0);
+    model_quantize(&m, form->lambda);
     for (int i = 0; i < 2; i++) {
       rows[i] = batch_rows_(&b, i, 1);
       want[i] = training_logits_(&m, &rows[i]);
@@ -453,8 +455,8 @@ static void test_decode(void) {
           pos[t] = t0 + t;
         }
         const float *logits = session_forward(&s, rows[k & 1].tokens + t0, seq, pos, n);
-        CHECK(same_bits_(logits, want[k & 1] + (size_t)t0 * (size_t)c.vocab, (size_t)n * row), "%s: pieces of %d, position %d on",
-              model_forms_[f].name, pieces[k], t0);
+        int same = same_bits_(logits, want[k & 1] + (size_t)t0 * (size_t)c.vocab, (size_t)n * row);
+        CHECK(same, "%s: pieces of %d, position %d on", form->name, pieces[k], t0);
       }
     }
     int n = 0;
@@ -466,8 +468,10 @@ static void test_decode(void) {
       }
     }
     const float *logits = session_forward(&s, tokens, seq, pos, n);
-    for (int i = 0; i < n; i++) CHECK(same_bits_(logits + i * c.vocab, want[seq[i]] + pos[i] * c.vocab, row),
-                                      "%s: two sequences, row %d", model_forms_[f].name, i);
+    for (int i = 0; i < n; i++) {
+      int same = same_bits_(logits + i * c.vocab, want[seq[i]] + pos[i] * c.vocab, row);
+      CHECK(same, "%s: two sequences, row %d", form->name, i);
+    }
     session_free(&s);
     model_free(&m);
     batch_free(&b);
@@ -507,19 +511,19 @@ static void test_generate(void) {
         prompts[way][i] = p;
       }
       session_open(&s, &m, way == 2 ? 1 : N, 90, way == 0 ? 128 : way == 1 ? 8 : 70, 1);
-      if (way < 2) generate(&s, &samplers[k], prompts[way], N, MAX_NEW, eos, V, count_token_, prompts[way]);
-      else for (int i = 0; i < N; i++) generate(&s, &samplers[k], &prompts[way][i], 1, MAX_NEW, eos, V, count_token_,
-                                                &prompts[way][i]);
+      int at_once = way == 2 ? 1 : N;
+      for (Prompt *p = prompts[way]; p < prompts[way] + N; p += at_once) {
+        generate(&s, &samplers[k], p, at_once, MAX_NEW, eos, V, count_token_, p);
+      }
       session_free(&s);
       int total = 0;
       for (int i = 0; i < N; i++) {
         const Prompt *p = &prompts[way][i], *first = &prompts[0][i];
         int room = 90 - lengths[i] + 1 < MAX_NEW ? 90 - lengths[i] + 1 : MAX_NEW;   // the newest token need not be in the cache
-        CHECK(p->n_out == first->n_out && p->ended == first->ended, "way %d, prompt %d: %d tokens, together %d", way, i, p->n_out,
-              first->n_out);
+        int same = p->n_out == first->n_out && p->ended == first->ended;
+        same = same && same_bits_(p->out, first->out, (size_t)p->n_out * sizeof(int));
+        CHECK(same, "sampler %zu, way %d: prompt %d got other tokens than together with the others", k, way, i);
         CHECK(p->ended ? p->n_out <= room : p->n_out == room, "way %d, prompt %d: %d tokens, room for %d", way, i, p->n_out, room);
-        CHECK(same_bits_(p->out, first->out, (size_t)p->n_out * sizeof(int)),
-              "sampler %zu, way %d: prompt %d went on in another way", k, way, i);
         for (int t = 0; t < p->n_out; t++) CHECK(p->out[t] >= 0 && p->out[t] < V && p->out[t] != eos, "token %d", p->out[t]);
         total += p->n_out;
         if (p->ended) eos_came = 1;
@@ -570,16 +574,15 @@ static void check_frequencies_(const char *name, const Sampler *s, const float *
   int counts[SAMPLE_V_] = {0}, possible = 0;
   double chi2 = 0;
   float probs[SAMPLE_V_];
-  for (int i = 0; i < SAMPLE_DRAWS_; i++) counts[sample_token(s, logits, SAMPLE_V_, (uint64_t)(i / 100), (uint64_t)(i % 100),
-                                                              probs)]++;
+  for (uint64_t i = 0; i < SAMPLE_DRAWS_; i++) counts[sample_token(s, logits, SAMPLE_V_, i / 100, i % 100, probs)]++;
   for (int v = 0; v < SAMPLE_V_; v++) {
     double want = p[v] * SAMPLE_DRAWS_;
     if (p[v] == 0) CHECK(counts[v] == 0, "%s: token %d came %d times and was cut off", name, v, counts[v]);
     else chi2 += (counts[v] - want) * (counts[v] - want) / want;
     possible += p[v] > 0;
   }
-  CHECK(chi2 < possible - 1 + 5 * sqrt(2.0 * (possible - 1)) + 1e-9, "%s: chi-square %.1f with %d possible tokens", name, chi2,
-        possible);
+  double limit = possible - 1 + 5 * sqrt(2.0 * (possible - 1)) + 1e-9;
+  CHECK(chi2 < limit, "%s: chi-square %.1f with %d possible tokens, bound %.1f", name, chi2, possible, limit);
 }
 
 static void test_sampler(void) {
@@ -592,21 +595,23 @@ static void test_sampler(void) {
     order[5 * v % SAMPLE_V_] = v;
   }
   static const struct { const char *name; double temperature; int top_k; double top_p; int kept; } cases[] = {
-    {"all", 1, 0, 1, 12}, {"hot", 2, 0, 1, 12}, {"cold", 0.5, 0, 1, 12}, {"top_k 4", 1, 4, 1, 4}, {"top_k 1", 1, 1, 1, 1},
-        {"top_k 12", 1, 12, 1, 12},
-    {"top_k 100", 1, 100, 1, 12}, {"top_p 0.5", 1, 0, 0.5, 3}, {"top_p 0.9", 1, 0, 0.9, 7}, {"top_p tiny", 1, 0, 1e-9, 1},
-        {"both, k cuts", 1, 2, 0.9, 2},
-    {"both, p cuts", 1, 9, 0.5, 3}, {"top_p of a hot one", 2, 0, 0.5, 4}};
+    {"all", 1, 0, 1, 12}, {"hot", 2, 0, 1, 12}, {"cold", 0.5, 0, 1, 12},
+    {"top_k 4", 1, 4, 1, 4}, {"top_k 1", 1, 1, 1, 1}, {"top_k 12", 1, 12, 1, 12}, {"top_k 100", 1, 100, 1, 12},
+    {"top_p 0.5", 1, 0, 0.5, 3}, {"top_p 0.9", 1, 0, 0.9, 7}, {"top_p tiny", 1, 0, 1e-9, 1}, {"top_p of a hot one", 2, 0, 0.5, 4},
+    {"both, k cuts", 1, 2, 0.9, 2}, {"both, p cuts", 1, 9, 0.5, 3}};
   for (size_t i = 0; i < ARRAY_LEN(cases); i++) {
     Sampler s = {cases[i].temperature, cases[i].top_k, cases[i].top_p, 77};
-    double sum = 0, mass = 0, all = 0;
-    for (int rank = 0; rank < SAMPLE_V_; rank++) all += exp(-rank / 3.0 / cases[i].temperature);
-    for (int rank = 0; rank < cases[i].kept; rank++) sum += exp(-rank / 3.0 / cases[i].temperature);
-    for (int rank = 0; rank < SAMPLE_V_; rank++) p[order[rank]] = rank < cases[i].kept ? exp(-rank / 3.0 / cases[i].temperature) / sum : 0;
+    double weight[SAMPLE_V_], kept = 0, mass = 0, all = 0;
+    for (int rank = 0; rank < SAMPLE_V_; rank++) {
+      weight[rank] = exp(-rank / 3.0 / cases[i].temperature);
+      all += weight[rank];
+      if (rank < cases[i].kept) kept += weight[rank];
+    }
+    for (int rank = 0; rank < SAMPLE_V_; rank++) p[order[rank]] = rank < cases[i].kept ? weight[rank] / kept : 0;
     // What the table of cases says about top_p follows from its definition.
     if (cases[i].top_p < 1 && cases[i].top_k == 0) {
       int need = 0;
-      while (mass < cases[i].top_p) mass += exp(-need++ / 3.0 / cases[i].temperature) / all;
+      while (mass < cases[i].top_p) mass += weight[need++] / all;
       CHECK(need == cases[i].kept, "%s keeps %d", cases[i].name, need);
     }
     check_frequencies_(cases[i].name, &s, logits, p);

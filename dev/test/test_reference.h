@@ -538,10 +538,10 @@ static void test_ref_attention(void) {
   int *dev_seq = (int *)ref_dev_memory_(sizeof seq), *dev_pos = (int *)ref_dev_memory_(sizeof pos);
   dev_copy_in(dev_seq, seq, sizeof seq);
   dev_copy_in(dev_pos, pos, sizeof pos);
-  size_t cache = (size_t)sequences * T * NKV * HS * sizeof(floatX);
+  size_t cache = (size_t)sequences * 2 * KV_BLOCK * NKV * HS * sizeof(floatX);
   floatX *kcache = (floatX *)ref_dev_memory_(cache), *vcache = (floatX *)ref_dev_memory_(cache);
   dev_zero(out, ref_count_("attention.out") * sizeof(floatX));
-  attention_cached(out, kcache, vcache, qkv, dev_seq, dev_pos, B * T, T, NH, NKV, HS);
+  attention_cached(out, kcache, vcache, qkv, dev_seq, dev_pos, B * T, 2 * KV_BLOCK, NH, NKV, HS);
   expect_act_("attention.out", out, 1e-6);
   ref_close_();
 }
