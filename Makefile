@@ -6,7 +6,8 @@
 CC      = gcc
 CXX     = g++
 MARCH   = -march=native
-WARN    = -Wall -Wextra $(if $(WERROR),-Werror)
+# -Wno-pass-failed: clang reports loops marked simd that it decides not to vectorise.
+WARN    = -Wall -Wextra -Wno-pass-failed $(if $(WERROR),-Werror)
 COMMIT := $(shell git describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null || echo unknown)
 
 ifeq ($(filter x86_64 i686 amd64,$(shell $(CC) -dumpmachine | cut -d- -f1)),)

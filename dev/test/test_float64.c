@@ -452,7 +452,7 @@ static double f_long_attention(void *arg) {
 static void test_long_attention(void) {
   Op o;
   memset(&o, 0, sizeof o);
-  o.R = 2 * KEY_BLOCK + 5;
+  o.R = 2 * KV_BLOCK + 5;
   size_t n = (size_t)o.R * 6;
   o.in[0] = normals(n, 0, 2);
   o.out = filled((size_t)o.R * 2, NAN);
