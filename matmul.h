@@ -164,6 +164,12 @@ static int amx_ready(void) {
   return answer;
 }
 
+// gcc's headers do not say that tile instructions read memory (of a configuration they name 8 bytes, of a tile none), so what they are
+// to read could be stored too late or not at all. This comes between: everything at and around p is in memory now.
+static inline void amx_reads(const void *p) {
+  __asm__ volatile("" : : "r"(p) : "memory");
+}
+
 // Every thread describes its eight tiles before it uses them: 16 rows of 64 bytes each.
 static void amx_begin(void) {
   struct {
@@ -177,6 +183,7 @@ static void amx_begin(void) {
     config.bytes[i] = 64;
     config.rows[i] = 16;
   }
+  amx_reads(&config);
   _tile_loadconfig(&config);
 }
 
@@ -204,7 +211,8 @@ typedef struct {
   size_t a_row, a_col;
   const float *a_scale;        // [K] or NULL
   const float *B;              // B(p,j) = B[p*b_row + j*b_col], or NULL: then
-  const int8_t *B_codes;       //   the same in int8 codes
+  const int8_t *B_codes;       //   the same in int8 codes, or
+  const uint16_t *B_half;      //   in bf16
   size_t b_row, b_col;
   float *C;                    // C[i*N + j]
   int accumulate;              // 0: C = ..., 1: C += ...
@@ -231,6 +239,14 @@ enum {
   NC = 1024,               // columns of B that are packed at a time
   KC_MAX = 512, MR_MAX = 32, NR_MAX = 32
 };
+
+// A bf16 number as a float.
+static inline float float_of_half(uint16_t half) {
+  uint32_t u = (uint32_t)half << 16;
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
 
 // float rounded to the nearest bf16 (ties to even), returned as a float. Codes up to 256 and their products are exact.
 static inline float round_bf16(float x) {
@@ -273,6 +289,8 @@ static void pack_b_f32(void *panel, const Product *g, size_t j0, size_t p0, size
     for (size_t p = 0; p < kc; p++) {
       if (g->B) {
         for (size_t j = 0; j < cols; j++) out[p * NR + j] = g->B[first + p * g->b_row + j];
+      } else if (g->B_half) {
+        for (size_t j = 0; j < cols; j++) out[p * NR + j] = float_of_half(g->B_half[first + p * g->b_row + j]);
       } else {
         for (size_t j = 0; j < cols; j++) out[p * NR + j] = (float)g->B_codes[first + p * g->b_row + j];
       }
@@ -281,6 +299,8 @@ static void pack_b_f32(void *panel, const Product *g, size_t j0, size_t p0, size
     for (size_t j = 0; j < cols; j++) {
       if (g->B) {
         for (size_t p = 0; p < kc; p++) out[p * NR + j] = g->B[first + p * g->b_row + j * g->b_col];
+      } else if (g->B_half) {
+        for (size_t p = 0; p < kc; p++) out[p * NR + j] = float_of_half(g->B_half[first + p * g->b_row + j * g->b_col]);
       } else {
         for (size_t p = 0; p < kc; p++) out[p * NR + j] = (float)g->B_codes[first + p * g->b_row + j * g->b_col];
       }
@@ -323,23 +343,25 @@ static const Kernel kernel_f32 = {MR, NR, 256, 1, sizeof(float), pack_a_f32, pac
 // One operand as packing sees it: element (x, k), where x is a row of A or a column of B. One of the strides is 1.
 typedef struct {
   const float *f;       // floats, or
-  const int8_t *q;      // codes
+  const int8_t *q;      // codes, or
+  const uint16_t *h;    // bf16
   size_t sx, sk, nx, nk;
   const float *scale;   // [nk] or NULL
 } Operand;
 
 static Operand operand_a(const Product *g) {
-  Operand o = {g->A, NULL, g->a_row, g->a_col, g->M, g->K, g->a_scale};
+  Operand o = {g->A, NULL, NULL, g->a_row, g->a_col, g->M, g->K, g->a_scale};
   return o;
 }
 
 static Operand operand_b(const Product *g) {
-  Operand o = {g->B, g->B_codes, g->b_col, g->b_row, g->N, g->K, NULL};
+  Operand o = {g->B, g->B_codes, g->B_half, g->b_col, g->b_row, g->N, g->K, NULL};
   return o;
 }
 
 static inline __m512 load16(const Operand *o, size_t at, __mmask16 lanes) {
   if (o->f) return _mm512_maskz_loadu_ps(lanes, o->f + at);
+  if (o->h) return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, o->h + at)), 16);
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, o->q + at)));
 }
 
@@ -349,7 +371,11 @@ by_x: t[x] holds the 16 pairs of one x; else t[pair] holds 16 x. The operand's m
 */
 static inline __attribute__((always_inline)) void load_pairs(__m512i t[16], const Operand *o, size_t x0, size_t k0, size_t k_end, int by_x) {
   size_t nx = x0 < o->nx ? o->nx - x0 : 0, nk = k_end - k0;
-  if (o->sk == 1) {
+  if (o->sk == 1 && o->h) {   // bf16 already: the pairs lie side by side
+    __mmask32 lanes = nk >= 32 ? ~0u : (1u << nk) - 1;
+    for (size_t x = 0; x < 16; x++) t[x] = x < nx ? _mm512_maskz_loadu_epi16(lanes, o->h + (x0 + x) * o->sx + k0) : _mm512_setzero_si512();
+    if (!by_x) transpose16(t);
+  } else if (o->sk == 1) {
     __mmask16 low = lanes16(nk), high = nk > 16 ? lanes16(nk - 16) : 0;
     __m512 scale_low = _mm512_set1_ps(1), scale_high = scale_low;
     if (o->scale) {
@@ -454,6 +480,7 @@ static void pack_a_amx(void *panel, const Product *g, size_t i0, size_t p0, size
 static void tile_amx(float *c, size_t ldc, int load, const void *a_panel, const void *b_panel, size_t kc) {
   const char *a = (const char *)a_panel, *b = (const char *)b_panel;
   size_t row = ldc * sizeof(float);
+  amx_reads(c);
   if (load) {
     _tile_loadd(0, c, row);
     _tile_loadd(1, c + 16, row);
@@ -769,6 +796,7 @@ static void tile_i8_amx(int32_t *sums, const int8_t *q, const uint8_t *panels, s
     memset(tail, 0, sizeof tail);
     for (size_t i = 0; i < 32; i++) memcpy(tail + i * 64, q + i * K + whole, K - whole);
   }
+  amx_reads(tail);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -818,12 +846,12 @@ static inline void i8_store(const I8Result *r, const int32_t *RESTRICT sum, int3
   }
 }
 
-// Rows m0 .. m0+rows-1 against panels p0 .. p1-1. excess [rows]: the sum of each row's codes.
+// Rows m0 .. m0+rows-1 against panels p0 .. p1-1, which lie at `panels`. excess [rows]: the sum of each row's codes.
 static void i8_block(const I8Result *r, const int8_t *q, const uint8_t *panels, const int32_t *excess, size_t m0, size_t rows, size_t p0, size_t p1, size_t K) {
   size_t stride = ternary_groups(K) * I8_WIDTH * 4;
   for (size_t p = p0; p < p1; p += 4) {
     size_t width = p1 - p < 4 ? p1 - p : 4, i = 0;
-    const uint8_t *w = panels + p * stride;
+    const uint8_t *w = panels + (p - p0) * stride;
 #ifdef BITNET_AMX
     for (; amx_ready() && i + 32 <= rows; i += 32) {
       for (size_t j = 0; j + 2 <= width; j += 2) {
@@ -882,7 +910,7 @@ static void gemm_i8(float *out, int32_t *exact, const int8_t *q, const float *s,
         for (size_t k = 0; k < K; k++) sum += row[k];
         excess[i] = sum;
       }
-      i8_block(&r, q, panels, excess, m0, rows, p0, p1 < n_panels ? p1 : n_panels, K);
+      i8_block(&r, q, panels + p0 * ternary_groups(K) * I8_WIDTH * 4, excess, m0, rows, p0, p1 < n_panels ? p1 : n_panels, K);
     }
     if (amx_ready()) amx_end();
   }

@@ -36,6 +36,7 @@ static size_t test_device_bytes;   // that the CPU's dev_malloc has asked for
 #include "dev/test/check.h"            // Test, CHECK, run_tests
 #include "dev/test/test_data.h"        // DATA_TESTS
 #include "dev/test/test_files.h"       // FILES_TESTS
+#include "dev/test/test_infer.h"       // INFER_TESTS
 #include "dev/test/test_model.h"       // MODEL_TESTS
 #include "dev/test/test_ops.h"         // OPS_TESTS
 #include "dev/test/test_options.h"     // OPTIONS_TESTS
@@ -45,6 +46,7 @@ static size_t test_device_bytes;   // that the CPU's dev_malloc has asked for
 static const Test tests[] = {
   OPS_TESTS,
   MODEL_TESTS,
+  INFER_TESTS,
   REFERENCE_TESTS,
   DATA_TESTS,
   FILES_TESTS,

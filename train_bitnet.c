@@ -21,10 +21,14 @@ depends on the shape only and folded in order, so the result has the same bits f
 #include "bitnet/ops.h"        // the contract that this file implements
 #include "bitnet/utils.h"      // die, memory, random numbers, time
 #include "matmul.h"            // exp_fast, gemm, gemm_i8, ternary_pack_panels
+#include "packed.h"            // packed_i8, gemm_few, screen_argmax: what only inference needs
 #include "quant.h"             // ternary_gamma, ternary_code, act_inverse_scale, act_round, lambda_mix
 
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
@@ -94,7 +98,11 @@ void *dev_malloc(size_t bytes) {
   if (alloc_guard) die(EXIT_FAILED, "bug: %zu bytes of device memory allocated inside a training step", bytes);
   size_t rounded = (bytes + 63) / 64 * 64;
   if (rounded < bytes) return NULL;
-  void *p = aligned_alloc(64, rounded ? rounded : 64);
+  char *p = (char *)aligned_alloc(64, rounded ? rounded : 64);
+#ifdef MADV_HUGEPAGE
+  // Pages of 2 MB where the kernel has them: reading a large model through pages of 4 KB costs up to a third of the memory's speed.
+  if (p && rounded >= (size_t)8 << 20) madvise(p + (4096 - (uintptr_t)p % 4096) % 4096, rounded - 4096, MADV_HUGEPAGE);
+#endif
   if (p) memset(p, 0, rounded);
   return p;
 }
@@ -132,6 +140,20 @@ void dev_copy_out(void *dst, const void *src, size_t bytes) {
   memcpy(dst, src, bytes);
 }
 
+void dev_read(const void *p, size_t bytes) {
+  const uint64_t *x = (const uint64_t *)p;
+  size_t pages = bytes / 4096;
+  uint64_t all = 0;
+#pragma omp parallel for schedule(static) reduction(^ : all)
+  for (size_t page = 0; page < pages; page++) {
+    uint64_t part = 0;
+    __builtin_prefetch((const char *)p + (page + 1) * 4096);
+    for (size_t i = 0; i < 512; i++) part ^= x[page * 512 + i];
+    all ^= part;
+  }
+  __asm__ volatile("" : : "r"(all));   // the sum is needed, as far as the compiler knows
+}
+
 void dev_floatx_in(floatX *dst, const float *src, size_t n) {
   memcpy(dst, src, n * sizeof(float));
 }
@@ -141,7 +163,7 @@ void dev_floatx_out(float *dst, const floatX *src, size_t n) {
 }
 
 // The largest of: packed operands of a product; two rows for each thread; one partial sum for each chunk of rows; a number for each
-// row and thread.
+// row and thread; unpacked weights.
 size_t ops_scratch_bytes(size_t max_rows, size_t max_n, size_t max_k) {
   size_t width = max_n > max_k ? max_n : max_k;
   size_t rows = (size_t)thread_count() * 2 * width * sizeof(float);
@@ -150,6 +172,8 @@ size_t ops_scratch_bytes(size_t max_rows, size_t max_n, size_t max_k) {
   size_t numbers = (size_t)thread_count() * max_rows * sizeof(float);
   if (rows > most) most = rows;
   if (numbers > most) most = numbers;
+  if (packed_scratch_bytes(max_rows, max_k) > most) most = packed_scratch_bytes(max_rows, max_k);
+  if (gemm_few_scratch_bytes(max_k) > most) most = gemm_few_scratch_bytes(max_k);
   return chunks > most ? chunks : most;
 }
 
@@ -224,7 +248,7 @@ void sum_squares(double *out, const float *x, size_t n) {
 // Embedding: each token id picks a row of the table.
 
 void embedding_forward(floatX *out, const int *tokens, const float *wte, int R, int C) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (R > 1)
   for (int r = 0; r < R; r++) memcpy(out + (size_t)r * C, wte + (size_t)tokens[r] * C, (size_t)C * sizeof(float));
 }
 
@@ -281,7 +305,7 @@ static void quantise_row(QAct *out, size_t r, const float *RESTRICT x, size_t K)
 }
 
 void act_quant_forward(QAct *out, const floatX *x, int R, int K) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (R > 1)
   for (int r = 0; r < R; r++) quantise_row(out, (size_t)r, x + (size_t)r * K, (size_t)K);
 }
 
@@ -297,7 +321,7 @@ static float row_rstd(const float *x, size_t C, float eps) {
 }
 
 void rmsnorm_forward(floatX *out, float *rstd, const floatX *x, const float *gain, int R, int C, float eps) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (R > 1)   // one row is done before a second thread has woken up
   for (int r = 0; r < R; r++) {
     const float *row = x + (size_t)r * C;
     float s = rstd[r] = row_rstd(row, (size_t)C, eps);
@@ -307,7 +331,7 @@ void rmsnorm_forward(floatX *out, float *rstd, const floatX *x, const float *gai
 
 void rmsnorm_quant_forward(QAct *out, float *rstd, const floatX *x, const float *gain, int R, int C, float eps) {
   float *rows = scratch_floats((size_t)thread_count() * C);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (R > 1)
   for (int r = 0; r < R; r++) {
     float *RESTRICT normed = rows + (size_t)thread_index() * C;
     const float *row = x + (size_t)r * C;
@@ -364,7 +388,7 @@ v passes through.
 void headnorm_forward(floatX *out, float *rstd, const floatX *qkv, const float *qgain, const float *kgain,
                       int R, int NH, int NKV, int HS, float eps) {
   size_t QKV = (size_t)(NH + 2 * NKV) * HS;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (R > 1)
   for (int r = 0; r < R; r++) {
     for (int h = 0; h < NH + NKV; h++) {
       const float *x = qkv + (size_t)r * QKV + (size_t)h * HS, *gain = h < NH ? qgain : kgain;
@@ -423,13 +447,19 @@ size_t bitweight_bytes(int N, int K) {
   return n * k * sizeof(float) > codes ? n * k * sizeof(float) : codes;
 }
 
+// The scale of a matrix of n weights; NaN if one of them is.
+static float matrix_gamma(const float *master, size_t n) {
+  float mean = (float)(fold_sum(master, n, 0) / (double)n);
+  return mean == mean ? ternary_gamma(mean) : mean;
+}
+
 void weight_quantize(BitWeight *w, const float *master, float lambda) {
   size_t K = (size_t)w->K, row = 0;
   w->lambda = lambda;
+  w->packed = 0;
   for (int part = 0; part < 3 && w->parts[part] > 0; part++) {
-    size_t rows = (size_t)w->parts[part], n = rows * K;
-    float mean = (float)(fold_sum(master + row * K, n, 0) / (double)n);
-    float gamma = mean == mean ? ternary_gamma(mean) : mean, inverse = 1.0f / gamma;
+    size_t rows = (size_t)w->parts[part];
+    float gamma = matrix_gamma(master + row * K, rows * K), inverse = 1.0f / gamma;
     for (size_t i = 0; i < rows; i++) w->gamma[row + i] = gamma;
 #pragma omp parallel for schedule(static)
     for (size_t i = row; i < row + rows; i++) {
@@ -447,8 +477,39 @@ void weight_quantize(BitWeight *w, const float *master, float lambda) {
   if (lambda == 1.0f) ternary_pack_panels(ternary_panels(w), (const int8_t *)w->data, (size_t)w->N, K);
 }
 
+size_t bitweight_packed_bytes(int N, int K) {
+  return packed_bytes((size_t)N, (size_t)K);
+}
+
+// Logical matrix `part` of w from codes, or from master weights where codes is NULL.
+static void pack_part(BitWeight *w, int part, const float *master, const int8_t *codes, float gamma) {
+  size_t K = (size_t)w->K, first = 0, rows = (size_t)w->parts[part];
+  float inverse = 1.0f / gamma;
+  int8_t *copies = (int8_t *)scratch_floats((size_t)thread_count() * (K / sizeof(float) + 1));
+  for (int p = 0; p < part; p++) first += (size_t)w->parts[p];
+  w->lambda = 1;
+  w->packed = 1;
+#pragma omp parallel for schedule(static)
+  for (size_t i = 0; i < rows; i++) {
+    int8_t *row = copies + (size_t)thread_index() * (K / sizeof(float) + 1) * sizeof(float);
+    for (size_t k = 0; k < K; k++) row[k] = codes ? codes[i * K + k] : (int8_t)ternary_code(master[i * K + k], inverse);
+    packed_set_row((uint8_t *)w->data, first + i, row, K);
+    w->gamma[first + i] = gamma;
+  }
+}
+
+void weight_pack(BitWeight *w, int part, const float *master) {
+  pack_part(w, part, master, NULL, matrix_gamma(master, (size_t)w->parts[part] * (size_t)w->K));
+}
+
+void weight_pack_codes(BitWeight *w, int part, const int8_t *codes, float gamma) {
+  pack_part(w, part, NULL, codes, gamma);
+}
+
 void bitweight_codes(int8_t *codes, const BitWeight *w) {
-  memcpy(codes, w->data, (size_t)w->N * w->K);
+  size_t N = (size_t)w->N, K = (size_t)w->K;
+  if (!w->packed) memcpy(codes, w->data, N * K);
+  for (size_t n = 0; n < N && w->packed; n++) packed_get_row(codes + n * K, (const uint8_t *)w->data, n, K);
 }
 
 // Sets the operand B of a product to a matrix that lies as floats or as codes.
@@ -472,6 +533,12 @@ and the sum runs in int32, exactly. Otherwise, and where activations stay float,
 */
 void bitlinear_forward(floatX *out, const QAct *x, const BitWeight *w, const floatX *residual, int R) {
   size_t N = (size_t)w->N, K = (size_t)w->K;
+  if (w->packed) {
+    if (!has_codes(x)) die(EXIT_FAILED, "bug: packed weights multiply int8 activations only");
+    void *scratch = scratch_floats(packed_scratch_bytes((size_t)R, K) / sizeof(float));
+    packed_i8(out, NULL, (const int8_t *)x->data, x->s, (const uint8_t *)w->data, w->gamma, w->bias, residual, (size_t)R, N, K, scratch);
+    return;
+  }
   if (w->lambda == 1.0f && has_codes(x)) {
     gemm_i8(out, NULL, (const int8_t *)x->data, x->s, ternary_panels(w), w->gamma, w->bias, residual, (size_t)R, N, K);
     return;
@@ -538,7 +605,7 @@ dx = R' dy, the same code with direction -1.
 void rope_apply(floatX *qkv, const int *pos, const float *cossin, int R, int NH, int NKV, int HS, int direction) {
   size_t QKV = (size_t)(NH + 2 * NKV) * HS;
   int half = HS / 2;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (R > 1)
   for (int r = 0; r < R; r++) {
     const float *RESTRICT cosine = cossin + (size_t)pos[r] * HS, *RESTRICT sine = cosine + half;
     for (int h = 0; h < NH + NKV; h++) {
@@ -727,9 +794,35 @@ void attention_backward(floatX *dqkv, const floatX *dout, const floatX *out, con
 }
 
 /*
-The same softmax against stored keys and values. All rows are stored first, so the rows of a prompt can come in one call. Keys lie in the cache as
-the products want them: for each sequence and head, blocks of KEYS positions transposed, [capacity/KEYS][HS][KEYS]; values as [capacity][HS].
+The same softmax against stored keys and values. Keys lie in the cache as the products want them: for each sequence and head, blocks of KEYS positions
+transposed, [capacity/KEYS][HS][KEYS]; values as [capacity][HS].
+
+One head of m <= QUERIES neighbouring positions of one sequence, pos .. pos+m-1; kc, vc: the head's part of the caches.
 */
+static void attend_cached(floatX *out, const floatX *q, const floatX *kc, const floatX *vc, int pos, int m, int NH, int QKV, int HS) {
+  float p[QUERIES * KEYS], top[QUERIES], sum[QUERIES];
+  size_t width = (size_t)NH * HS, stride = (size_t)QKV;
+  for (int i = 0; i < m; i++) {
+    memset(out + (size_t)i * width, 0, (size_t)HS * sizeof(float));
+    top[i] = -INFINITY;
+    sum[i] = 0;
+  }
+  for (int j0 = 0; j0 < pos + m; j0 += KEYS) {
+    int i0 = j0 > pos ? j0 - pos : 0, seen = pos + m - j0 < KEYS ? pos + m - j0 : KEYS;   // the first query that sees the block; keys that the last one sees
+    size_t keys = (size_t)(seen + VL - 1) / VL * VL;   // whole vectors; what is beyond n does not count
+    small_product(p, KEYS, 0, q + (size_t)i0 * stride, stride, 1, kc + (size_t)j0 * HS, KEYS, (size_t)(m - i0), keys, (size_t)HS);
+    for (int i = i0; i < m; i++) {
+      int n = pos + i - j0 + 1 < KEYS ? pos + i - j0 + 1 : KEYS;
+      softmax_block(p + (i - i0) * KEYS, &top[i], &sum[i], out + (size_t)i * width, n, HS);
+    }
+    small_product(out + (size_t)i0 * width, width, 1, p, KEYS, 1, vc + (size_t)j0 * HS, (size_t)HS, (size_t)(m - i0), (size_t)HS, (size_t)seen);
+  }
+  for (int i = 0; i < m; i++) {
+    for (int k = 0; k < HS; k++) out[(size_t)i * width + k] *= 1.0f / sum[i];
+  }
+}
+
+// All rows are stored first, so the rows of a prompt can come in one call.
 void attention_cached(floatX *out, floatX *kcache, floatX *vcache, const floatX *qkv, const int *seq, const int *pos,
                       int R, int capacity, int NH, int NKV, int HS) {
   size_t QKV = (size_t)(NH + 2 * NKV) * HS, head = (size_t)capacity * HS;
@@ -743,19 +836,20 @@ void attention_cached(floatX *out, floatX *kcache, floatX *vcache, const floatX 
       memcpy(vcache + base + (size_t)pos[r] * HS, v, (size_t)HS * sizeof(float));
     }
   }
-#pragma omp parallel for collapse(2) schedule(static)
+  // Runs of neighbouring positions, at most QUERIES long: first (=) the row where each starts, and R behind the last.
+  int *first = (int *)scratch_floats((size_t)R + 1), runs = 0;
   for (int r = 0; r < R; r++) {
+    int goes_on = r > 0 && seq[r] == seq[r - 1] && pos[r] == pos[r - 1] + 1 && r - first[runs - 1] < QUERIES;
+    if (!goes_on) first[runs++] = r;
+  }
+  first[runs] = R;
+#pragma omp parallel for collapse(2) schedule(static)
+  for (int run = 0; run < runs; run++) {
     for (int h = 0; h < NH; h++) {
+      int r = first[run];
       size_t base = ((size_t)seq[r] * NKV + h / (NH / NKV)) * head;
-      float p[KEYS], top = -INFINITY, sum = 0, *o = out + ((size_t)r * NH + h) * HS;
-      for (int i = 0; i < HS; i++) o[i] = 0;
-      for (int j0 = 0; j0 <= pos[r]; j0 += KEYS) {
-        int n = pos[r] - j0 + 1 < KEYS ? pos[r] - j0 + 1 : KEYS;
-        small_product(p, KEYS, 0, qkv + (size_t)r * QKV + (size_t)h * HS, 0, 1, kcache + base + (size_t)j0 * HS, KEYS, 1, KEYS, (size_t)HS);
-        softmax_block(p, &top, &sum, o, n, HS);
-        small_product(o, 0, 1, p, 0, 1, vcache + base + (size_t)j0 * HS, (size_t)HS, 1, (size_t)HS, (size_t)n);
-      }
-      for (int i = 0; i < HS; i++) o[i] *= 1.0f / sum;
+      attend_cached(out + ((size_t)r * NH + h) * HS, qkv + (size_t)r * QKV + (size_t)h * HS, kcache + base, vcache + base, pos[r], first[run + 1] - r, NH,
+                    (int)QKV, HS);
     }
   }
 }
@@ -785,7 +879,7 @@ static void glu_row(float *RESTRICT u, const float *RESTRICT gate_up, size_t F, 
 
 void glu_quant_forward(QAct *out, float *rstd, const floatX *gate_up, const float *gain, int R, int F, int act, float eps) {
   float *rows = scratch_floats((size_t)thread_count() * F);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (R > 1)
   for (int r = 0; r < R; r++) {
     float *RESTRICT u = rows + (size_t)thread_index() * F;
     glu_row(u, gate_up + (size_t)r * 2 * F, (size_t)F, act);
@@ -860,6 +954,104 @@ void linear_backward(floatX *dx, float *dw, const floatX *dout, const floatX *x,
   set_b(&g, x, 0, (size_t)K, 1);
   g.C = dw, g.accumulate = 1;
   gemm(&g, scratch);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The same table in a model that only runs: embedding, classifier, and the largest logit without the others (packed.h explains the screen).
+
+size_t head_table_bytes(int V, int C, int half) {
+  return (size_t)V * C * (half ? sizeof(uint16_t) : sizeof(float));
+}
+
+size_t head_screen_bytes(int V, int C) {
+  return screen_bytes((size_t)V, (size_t)C);
+}
+
+size_t head_scratch_bytes(int V, int C) {
+  size_t logits = ((size_t)V * sizeof(float) + 63) / 64 * 64;
+  return logits + screen_scratch_bytes((size_t)V, (size_t)C);
+}
+
+void head_rows(Head *h, const float *rows, int first, int n) {
+  size_t C = (size_t)h->C;
+  float *rounded = scratch_floats((size_t)thread_count() * C), norm_max = 0;
+#pragma omp parallel for schedule(static) reduction(max : norm_max)
+  for (int i = 0; i < n; i++) {
+    const float *RESTRICT x = rows + (size_t)i * C;
+    float *RESTRICT r = rounded + (size_t)thread_index() * C;
+    size_t row = (size_t)first + (size_t)i;
+    if (h->half) {
+      uint16_t *RESTRICT t = (uint16_t *)h->table + row * C;
+      for (size_t c = 0; c < C; c++) {
+        uint32_t bits;
+        memcpy(&bits, &x[c], 4);
+        t[c] = (uint16_t)(bits >> 16);
+      }
+    } else {
+      memcpy((float *)h->table + row * C, x, C * sizeof(float));
+    }
+    if (h->screen) {
+      Screen s = screen_at(h->screen);
+      for (size_t c = 0; c < C; c++) r[c] = h->precision == PRECISION_BF16 ? round_bf16(x[c]) : x[c];
+      float norm = screen_set_row(&s, row, r, C);
+      norm_max = norm > norm_max ? norm : norm_max;
+    }
+  }
+  if (h->screen) {
+    float *top = screen_at(h->screen).norm_max;
+    *top = norm_max > *top ? norm_max : *top;
+  }
+}
+
+void head_embedding(floatX *out, const int *tokens, const Head *h, int R) {
+  size_t C = (size_t)h->C;
+#pragma omp parallel for schedule(static) if (R > 1)
+  for (int r = 0; r < R; r++) {
+    float *RESTRICT o = out + (size_t)r * C;
+    if (h->half) {
+      const uint16_t *RESTRICT t = (const uint16_t *)h->table + (size_t)tokens[r] * C;
+      for (size_t c = 0; c < C; c++) o[c] = float_of_half(t[c]);
+    } else {
+      memcpy(o, (const float *)h->table + (size_t)tokens[r] * C, C * sizeof(float));
+    }
+  }
+}
+
+static Product head_product(floatX *logits, const floatX *x, const Head *h, int R) {
+  Product g = {0};
+  g.M = (size_t)R, g.N = (size_t)h->V, g.K = (size_t)h->C;
+  g.A = x, g.a_row = g.K, g.a_col = 1;
+  if (h->half) g.B_half = (const uint16_t *)h->table;
+  else g.B = (const float *)h->table;
+  g.b_row = 1, g.b_col = g.K;
+  g.C = logits;
+  g.precision = h->precision;
+  return g;
+}
+
+void head_forward(floatX *logits, const floatX *x, const Head *h, int R) {
+  Product g = head_product(logits, x, h, R);
+  if (gemm_is_few(&g)) gemm_few(&g, scratch_floats(gemm_few_scratch_bytes(g.K) / sizeof(float)));
+  else gemm(&g, scratch_floats(gemm_scratch_bytes() / sizeof(float)));
+}
+
+void head_argmax(int *best, const floatX *x, const Head *h, int R, int V) {
+  size_t space = ((size_t)h->V * sizeof(float) + 63) / 64 * 64;   // logits of one row
+  float *logits = scratch_floats(head_scratch_bytes(h->V, h->C) / sizeof(float));
+  char *scratch = (char *)logits + space;
+  Product g = head_product(NULL, x, h, R);
+  for (int r = 0; r < R; r++) best[r] = -1;
+  if (h->screen) {
+    Screen s = screen_at(h->screen);
+    screen_argmax(best, &g, &s, (size_t)V, scratch);
+  }
+  for (int r = 0; r < R; r++) {
+    if (best[r] >= 0) continue;
+    Product row = head_product(logits, x + (size_t)r * g.K, h, 1);
+    gemm_few(&row, scratch);
+    best[r] = 0;
+    for (int v = 1; v < V; v++) best[r] = logits[v] > logits[best[r]] ? v : best[r];
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------

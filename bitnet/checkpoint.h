@@ -6,7 +6,7 @@ What it is:  Config from and to config.json, parameters from and to model.safete
 What not:    the format of the files (safetensors.h, json.h); no packed weights and no GGUF.
 Read before: bitnet/model.h, bitnet/safetensors.h, bitnet/options.h, tokenizer.h.
 Defines:     config_from_options, config_to_options, config_read, config_put_json; checkpoint_path, checkpoint_run, checkpoint_options,
-             checkpoint_resume_options, checkpoint_save; model_load, checkpoint_tokenizer; State, state_load.
+             checkpoint_resume_options, checkpoint_save; model_load, model_load_frozen, checkpoint_tokenizer; State, state_load.
 
     RUN/checkpoints/step_000400/     config.json  generation_config.json  model.safetensors (float32 master weights)
                                      tokenizer.json  tokenizer_config.json  training_state.safetensors
@@ -365,8 +365,8 @@ UNUSED static void checkpoint_run(char *run, size_t cap, const char *checkpoint)
 // ---------------------------------------------------------------------------------------------------------
 // Parameters.
 
-// Copies one tensor of a file to the device after checking its shape and every value.
-static void load_tensor_(float *device, const StFile *f, const StTensor *s, const Tensor *t, float *host) {
+// Exits with 3 unless a tensor of a file has the shape that the table asks for.
+static void check_shape_(const StFile *f, const StTensor *s, const Tensor *t) {
   int same = s->ndim == t->ndim && s->shape[0] == t->shape[0] && (t->ndim == 1 || s->shape[1] == t->shape[1]);
   if (!same) {
     StrBuf shape = {NULL, 0, 0};
@@ -374,12 +374,22 @@ static void load_tensor_(float *device, const StFile *f, const StTensor *s, cons
     die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: expected shape [%zu%s%.0zu], found [%s]", f->path, s->name, f->data_at + s->begin, t->shape[0],
         t->ndim > 1 ? "," : "", t->ndim > 1 ? t->shape[1] : 0, shape.data ? shape.data : "");
   }
-  st_read_f32(f, s, host, 0, t->n);
-  for (size_t i = 0; i < t->n; i++) {
+}
+
+// Elements first .. first+n-1 of a tensor to the device after checking every value; host: room for them.
+static void load_part_(float *device, const StFile *f, const StTensor *s, size_t first, size_t n, float *host) {
+  st_read_f32(f, s, host, first, n);
+  for (size_t i = 0; i < n; i++) {
     if (!isfinite(host[i]))
-      die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: element %zu: expected a finite number, found %g", f->path, s->name, f->data_at + s->begin, i, (double)host[i]);
+      die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: element %zu: expected a finite number, found %g", f->path, s->name, f->data_at + s->begin, first + i, (double)host[i]);
   }
-  dev_copy_in(device, host, t->n * sizeof(float));
+  dev_copy_in(device, host, n * sizeof(float));
+}
+
+// Copies one tensor of a file to the device after checking its shape and every value.
+static void load_tensor_(float *device, const StFile *f, const StTensor *s, const Tensor *t, float *host) {
+  check_shape_(f, s, t);
+  load_part_(device, f, s, 0, t->n, host);
 }
 
 // The largest tensor of a table, in elements.
@@ -392,6 +402,25 @@ static size_t largest_tensor_(const TensorTable *t) {
 // 1 if a model of this table has no use for a tensor of this name, though other programs write it.
 static int tensor_is_surplus_(const Model *m, const char *name) {
   return strstr(name, "rotary_emb.inv_freq") != NULL || (m->c.tie_embeddings && strcmp(name, "lm_head.weight") == 0);
+}
+
+// The tensor of a set that the table names; exit 3 if it is missing.
+static const StTensor *find_tensor_(const StSet *set, const char *dir, const Tensor *t, const StFile **f) {
+  const StTensor *s = st_set_find(set, t->name, f);
+  if (s == NULL) die(EXIT_DAMAGED, "%s: tensor %s is missing; config.json asks for it", dir, t->name);
+  return s;
+}
+
+// Exits with 3 if a set has a tensor that the model has no place for.
+static void refuse_surplus_(const Model *m, const StSet *set) {
+  for (size_t k = 0; k < set->n_files; k++) {
+    const StFile *f = &set->files[k];
+    for (size_t i = 0; i < f->n_tensors; i++) {
+      int known = tensor_is_surplus_(m, f->tensors[i].name);
+      for (int n = 0; n < m->table.count && !known; n++) known = strcmp(m->table.tensors[n].name, f->tensors[i].name) == 0;
+      if (!known) die(EXIT_DAMAGED, "%s: tensor %s does not belong to a model of this config.json", f->path, f->tensors[i].name);
+    }
+  }
 }
 
 /*
@@ -409,18 +438,89 @@ UNUSED static void model_load(Model *m, const char *dir, int precision) {
   for (int i = 0; i < m->table.count; i++) {
     const Tensor *t = &m->table.tensors[i];
     const StFile *f = NULL;
-    const StTensor *s = st_set_find(&set, t->name, &f);
-    if (s == NULL) die(EXIT_DAMAGED, "%s: tensor %s is missing; config.json asks for it", dir, t->name);
+    const StTensor *s = find_tensor_(&set, dir, t, &f);
     load_tensor_(m->params + t->offset, f, s, t, host);
+    st_release(f, s);
   }
-  for (size_t k = 0; k < set.n_files; k++) {
-    const StFile *f = &set.files[k];
-    for (size_t i = 0; i < f->n_tensors; i++) {
-      int known = tensor_is_surplus_(m, f->tensors[i].name);
-      for (int n = 0; n < m->table.count && !known; n++) known = strcmp(m->table.tensors[n].name, f->tensors[i].name) == 0;
-      if (!known) die(EXIT_DAMAGED, "%s: tensor %s does not belong to a model of this config.json", f->path, f->tensors[i].name);
+  refuse_surplus_(m, &set);
+  free(host);
+  st_set_close(&set);
+}
+
+enum { LOAD_CHUNK_ = 1 << 20 };   // floats that a frozen model is read by
+
+// 1 if every value of a tensor is a bf16 number, so that keeping it in bf16 loses nothing.
+static int tensor_is_half_(const StFile *f, const StTensor *s, float *host) {
+  int half = 1;
+  for (size_t first = 0; first < s->n && half && s->dtype != ST_BF16; first += LOAD_CHUNK_) {
+    size_t n = s->n - first < LOAD_CHUNK_ ? s->n - first : LOAD_CHUNK_;
+    st_read_f32(f, s, host, first, n);
+    for (size_t i = 0; i < n && half; i++) half = f32_from_bf16(bf16_from_f32(host[i])) == host[i];
+  }
+  st_release(f, s);
+  return half;
+}
+
+// A table of embeddings, some rows at a time.
+static void load_rows_(Head *h, const StFile *f, const StTensor *s, float *device, float *host) {
+  size_t C = (size_t)h->C, V = (size_t)h->V, step = LOAD_CHUNK_ / C > 0 ? LOAD_CHUNK_ / C : 1;
+  for (size_t v = 0; v < V; v += step) {
+    size_t n = V - v < step ? V - v : step;
+    load_part_(device, f, s, v * C, n * C, host);
+    head_rows(h, device, (int)v, (int)n);
+  }
+}
+
+/*
+The model of a directory in the form that only runs, at lambda = 1: the bits of model_load and model_quantize in about a sixteenth of the memory. Besides
+the model itself there is never more than one matrix in float. Exits as model_load does.
+*/
+UNUSED static void model_load_frozen(Model *m, const char *dir, int precision) {
+  Config c;
+  StSet set;
+  TensorTable table;
+  const StFile *f = NULL;
+  size_t stage = LOAD_CHUNK_;
+  int half[2] = {1, 1};   // embedding, head
+  config_read(&c, dir);
+  st_set_open(&set, dir);
+  st_set_verify(&set);
+  float *host = (float *)xmalloc((size_t)LOAD_CHUNK_ * sizeof(float));
+  tensor_table(&table, &c);
+  for (int i = 0; i < table.count; i++) {
+    const Tensor *t = &table.tensors[i];
+    if (t->flags & TERNARY && t->n > stage) stage = t->n;
+    if (!(t->flags & EMBED)) continue;
+    const StTensor *s = find_tensor_(&set, dir, t, &f);
+    check_shape_(f, s, t);
+    half[i > 0] = tensor_is_half_(f, s, host);
+  }
+  tensor_table_free(&table);
+  if (c.tie_embeddings) half[1] = half[0];
+  model_open_frozen(m, &c, precision, half[0], half[1]);
+  float *device = (float *)dev_malloc(stage * sizeof(float));
+  if (device == NULL) die(EXIT_FAILED, "out of memory: %.1f MB to read a matrix", (double)(stage * sizeof(float)) / 1e6);
+  for (int i = 0; i < m->table.count; i++) {
+    const Tensor *t = &m->table.tensors[i];
+    const StTensor *s = find_tensor_(&set, dir, t, &f);
+    check_shape_(f, s, t);
+    if (t->flags & EMBED) {
+      load_rows_(i > 0 || c.tie_embeddings ? &m->head : &m->embed, f, s, device, host);
+    } else {
+      float *to = t->flags & TERNARY ? device : m->params + t->offset;
+      for (size_t first = 0; first < t->n; first += LOAD_CHUNK_) {
+        load_part_(to + first, f, s, first, t->n - first < LOAD_CHUNK_ ? t->n - first : LOAD_CHUNK_, host);
+      }
     }
+    if (t->flags & TERNARY) {
+      int part;
+      BitWeight *w = frozen_weight(m, i, &part);
+      weight_pack(w, part, device);
+    }
+    st_release(f, s);
   }
+  refuse_surplus_(m, &set);
+  dev_free(device);
   free(host);
   st_set_close(&set);
 }

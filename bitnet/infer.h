@@ -7,7 +7,8 @@ What it is:  a Session holds the caches of several sequences side by side and fe
              training recomputes.
 What not:    no chat templates and no files; no threads.
 Read before: bitnet/model.h.
-Defines:     Session, session_open, session_free, session_forward; Sampler, sample_token; Prompt, generate.
+Defines:     Session, session_open, session_free, session_rows, session_logits, session_best, session_forward; RunMemory, run_memory;
+             Sampler, sample_token; Prompt, generate.
 */
 #ifndef BITNET_INFER_H
 #define BITNET_INFER_H
@@ -18,55 +19,78 @@ typedef struct {
   Model *m;
   int sequences, capacity;    // caches, and positions in each
   int cache_rows;             // capacity rounded up to whole blocks, which is what is allocated
-  int max_rows;               // rows of one session_forward
+  int max_rows;               // rows of one session_rows
+  int logit_rows;             // rows whose logits exist at a time
   void *memory;
   floatX **kcache, **vcache;  // [L] of sequences * cache_rows * NKV*HS numbers
   LayerActs acts;             // one block's buffers, shared by all
-  floatX *x, *y;              // [max_rows,C] the residual stream, block by block
+  floatX *x, *y;              // [max_rows,C] the residual stream, block by block; after session_rows y is the classifier's input
   float *rstd;                // [max_rows]
-  floatX *logits;             // [max_rows,V]
+  floatX *logits;             // [logit_rows,V]
   int *tokens, *seq, *pos;    // [max_rows] on the device
-  float *host_logits;         // [max_rows,V]
+  int *best;                  // [max_rows]
+  float *host_logits;         // [logit_rows,V]
 } Session;
 
-static void session_layout_(Arena *a, Session *s, int codes_only) {
+// The caches.
+static void session_cache_layout_(Arena *a, Session *s) {
   const Config *c = &s->m->c;
-  size_t R = (size_t)s->max_rows, row = R * (size_t)c->dim * sizeof(floatX);
   size_t cache = (size_t)s->sequences * (size_t)s->cache_rows * (size_t)(c->kv_heads * c->head_dim) * sizeof(floatX);
   for (int l = 0; l < c->layers; l++) {
     s->kcache[l] = (floatX *)take_(a, cache);
     s->vcache[l] = (floatX *)take_(a, cache);
   }
+}
+
+// Everything else.
+static void session_layout_(Arena *a, Session *s, int codes_only) {
+  const Config *c = &s->m->c;
+  size_t R = (size_t)s->max_rows, row = R * (size_t)c->dim * sizeof(floatX);
   layer_acts_layout(a, &s->acts, c, R, codes_only);
   s->x = (floatX *)take_(a, row);
   s->y = (floatX *)take_(a, row);
   s->rstd = (float *)take_(a, R * sizeof(float));
-  s->logits = (floatX *)take_(a, R * (size_t)c->vocab * sizeof(floatX));
+  s->logits = (floatX *)take_(a, (size_t)s->logit_rows * (size_t)c->vocab * sizeof(floatX));
   s->tokens = (int *)take_(a, R * sizeof(int));
   s->seq = (int *)take_(a, R * sizeof(int));
   s->pos = (int *)take_(a, R * sizeof(int));
+  s->best = (int *)take_(a, R * sizeof(int));
 }
 
-// Room for `sequences` caches of `capacity` positions and max_rows rows a call. codes_only: the model stays at lambda = 1.
-UNUSED static void session_open(Session *s, Model *m, int sequences, int capacity, int max_rows, int codes_only) {
-  if (capacity > m->c.max_seq) die(EXIT_USAGE, "a context of %d positions is longer than the model's max_seq=%d", capacity, m->c.max_seq);
+// The sizes, and room for the pointers to the caches. Few logits exist at a time: 4 MiB, at least one row.
+static void session_shape_(Session *s, Model *m, int sequences, int capacity, int max_rows) {
+  size_t rows = ((size_t)4 << 20) / ((size_t)m->c.vocab * sizeof(float));
   memset(s, 0, sizeof *s);
   s->m = m;
   s->sequences = sequences;
   s->capacity = capacity;
   s->cache_rows = (capacity + KV_BLOCK - 1) / KV_BLOCK * KV_BLOCK;
   s->max_rows = max_rows;
+  s->logit_rows = rows < 1 ? 1 : rows < (size_t)max_rows ? (int)rows : max_rows;
   s->kcache = (floatX **)xcalloc((size_t)m->c.layers, sizeof(floatX *));
   s->vcache = (floatX **)xcalloc((size_t)m->c.layers, sizeof(floatX *));
-  s->host_logits = (float *)xmalloc(size_mul(size_mul((size_t)max_rows, (size_t)m->c.vocab), sizeof(float)));
+}
+
+static size_t session_scratch_bytes_(const Session *s) {
+  size_t rows = (size_t)s->max_rows;
+  return s->m->frozen ? frozen_scratch_bytes(&s->m->c, rows) : scratch_bytes_(&s->m->c, rows);
+}
+
+// Room for `sequences` caches of `capacity` positions and max_rows rows a call. codes_only: the model stays at lambda = 1.
+UNUSED static void session_open(Session *s, Model *m, int sequences, int capacity, int max_rows, int codes_only) {
+  if (capacity > m->c.max_seq) die(EXIT_USAGE, "a context of %d positions is longer than the model's max_seq=%d", capacity, m->c.max_seq);
+  session_shape_(s, m, sequences, capacity, max_rows);
+  s->host_logits = (float *)xmalloc(size_mul(size_mul((size_t)s->logit_rows, (size_t)m->c.vocab), sizeof(float)));
   Arena count = {NULL, 0}, arena = {NULL, 0};
+  session_cache_layout_(&count, s);
   session_layout_(&count, s, codes_only);
   s->memory = dev_malloc(count.used);
   if (s->memory == NULL) die(EXIT_FAILED, "out of memory: %.1f MB for %d sequences of %d positions; fewer or shorter ones need less",
                              (double)count.used / 1e6, sequences, capacity);
   arena.base = (char *)s->memory;
+  session_cache_layout_(&arena, s);
   session_layout_(&arena, s, codes_only);
-  model_reserve_scratch(&m->c, (size_t)max_rows);
+  reserve_scratch_bytes_(session_scratch_bytes_(s));
 }
 
 UNUSED static void session_free(Session *s) {
@@ -77,15 +101,53 @@ UNUSED static void session_free(Session *s) {
   memset(s, 0, sizeof *s);
 }
 
+// Bytes by purpose of a frozen model and a session with it.
+typedef struct {
+  size_t weights;   // packed matrices with their scales
+  size_t tables;    // embedding table, classifier, and its screen
+  size_t cache;     // keys and values
+  size_t rest;      // norms, rotation angles, activations, logits, scratch
+  size_t total;
+} RunMemory;
+
+// What running this Config will take; half_embed, half_head: tables in bf16. Nothing is allocated on the device.
+UNUSED static RunMemory run_memory(const Config *c, int half_embed, int half_head, int sequences, int capacity, int max_rows) {
+  Model m;
+  Session s;
+  RunMemory out;
+  LayerWeights w;
+  Arena weights = {NULL, 0}, tables = {NULL, 0}, cache = {NULL, 0}, rest = {NULL, 0};
+  memset(&m, 0, sizeof m);
+  m.c = *c;
+  m.frozen = 1;
+  build_table_(&m.table, c, 1);
+  for (int l = 0; l < c->layers; l++) weights_layout_(&weights, &w, c, 1);
+  heads_layout_(&tables, &m, half_embed, half_head);
+  session_shape_(&s, &m, sequences, capacity, max_rows);
+  session_cache_layout_(&cache, &s);
+  session_layout_(&rest, &s, 1);
+  out.weights = weights.used;
+  out.tables = tables.used;
+  out.cache = cache.used;
+  out.rest = rest.used + m.table.floats * sizeof(float) + (size_t)c->max_seq * (size_t)c->head_dim * sizeof(float) + session_scratch_bytes_(&s) +
+             (size_t)s.logit_rows * (size_t)c->vocab * sizeof(float);
+  out.total = out.weights + out.tables + out.cache + out.rest;
+  free(s.kcache);
+  free(s.vcache);
+  tensor_table_free(&m.table);
+  return out;
+}
+
 /*
 Feeds n <= max_rows rows (host arrays): tokens[i] at position pos[i] of sequence seq[i]. Rows of one sequence must come in order of
-position, without gaps. Returns the logits [n,V] on the host, valid until the next call.
+position, without gaps. What may come next is then asked for with session_logits or session_best.
 */
-UNUSED static const float *session_forward(Session *s, const int *tokens, const int *seq, const int *pos, int n) {
+UNUSED static void session_rows(Session *s, const int *tokens, const int *seq, const int *pos, int n) {
   Model *m = s->m;
   const Config *c = &m->c;
   size_t bytes = (size_t)n * sizeof(int);
   Context ctx;
+  if (n > s->max_rows) die(EXIT_FAILED, "bug: %d rows for a session of %d", n, s->max_rows);
   memset(&ctx, 0, sizeof ctx);
   dev_copy_in(s->tokens, tokens, bytes);
   dev_copy_in(s->seq, seq, bytes);
@@ -94,7 +156,7 @@ UNUSED static const float *session_forward(Session *s, const int *tokens, const 
   ctx.pos = s->pos;
   ctx.seq = s->seq;
   ctx.capacity = s->cache_rows;
-  embedding_forward(s->x, s->tokens, m->params + m->table.embed, n, c->dim);
+  model_embed(m, s->x, s->tokens, n);
   for (int l = 0; l < c->layers; l++) {
     ctx.kcache = s->kcache[l];
     ctx.vcache = s->vcache[l];
@@ -104,9 +166,27 @@ UNUSED static const float *session_forward(Session *s, const int *tokens, const 
     s->y = swap;
   }
   rmsnorm_forward(s->y, s->rstd, s->x, m->params + m->table.final_norm, n, c->dim, c->norm_eps);
-  linear_forward(s->logits, s->y, m->params + m->table.head, n, c->vocab, c->dim, m->precision);
-  dev_floatx_out(s->host_logits, s->logits, (size_t)n * (size_t)c->vocab);
+}
+
+// The logits [n,V] of rows first .. first+n-1 of the last session_rows, n <= logit_rows, on the host, valid until the next call.
+UNUSED static const float *session_logits(Session *s, int first, int n) {
+  size_t V = (size_t)s->m->c.vocab;
+  if (n > s->logit_rows) die(EXIT_FAILED, "bug: logits of %d rows asked for, there is room for %d", n, s->logit_rows);
+  model_logits(s->m, s->logits, s->y + (size_t)first * (size_t)s->m->c.dim, n);
+  dev_floatx_out(s->host_logits, s->logits, (size_t)n * V);
   return s->host_logits;
+}
+
+// best (=) [n] on the host: the most likely token below V for each of the rows first .. first+n-1. Frozen models only.
+UNUSED static void session_best(Session *s, int first, int n, int V, int *best) {
+  head_argmax(s->best, s->y + (size_t)first * (size_t)s->m->c.dim, &s->m->head, n, V);
+  dev_copy_out(best, s->best, (size_t)n * sizeof(int));
+}
+
+// Both in one: the logits [n,V] of n <= logit_rows rows.
+UNUSED static const float *session_forward(Session *s, const int *tokens, const int *seq, const int *pos, int n) {
+  session_rows(s, tokens, seq, pos, n);
+  return session_logits(s, 0, n);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -188,7 +268,9 @@ UNUSED static void generate(Session *s, const Sampler *sampler, Prompt *prompts,
   int *tokens = (int *)xcalloc(cap * 3, sizeof(int)), *seq = tokens + cap, *pos = seq + cap;
   int *last = (int *)xcalloc((size_t)n, sizeof(int));   // the newest token of each sequence
   int *at = (int *)xcalloc((size_t)n, sizeof(int));     // tokens in its cache
+  int *next = (int *)xcalloc(cap, sizeof(int));         // the new token of each row that has one
   float *probs = (float *)xcalloc((size_t)V, sizeof(float));
+  int greedy = s->m->frozen && sampler->temperature <= 0;
   for (int i = 0; i < n; i++) {
     if (prompts[i].n_ids < 1) die(EXIT_USAGE, "an empty prompt: there is no token to continue from");
     if (prompts[i].n_ids > s->capacity) die(EXIT_USAGE, "the prompt has %d tokens, the context only %d", prompts[i].n_ids, s->capacity);
@@ -216,22 +298,38 @@ UNUSED static void generate(Session *s, const Sampler *sampler, Prompt *prompts,
       }
     }
     if (rows == 0) break;
-    const float *logits = session_forward(s, tokens, seq, pos, rows);
-    for (int r = 0; r < rows; r++) {
-      Prompt *p = &prompts[seq[r]];
-      if (pos[r] + 1 < p->n_ids || p->n_out >= max_new) continue;   // inside a prompt there is nothing to sample
-      int token = sample_token(sampler, logits + (size_t)r * (size_t)s->m->c.vocab, V, p->number, (uint64_t)pos[r], probs);
-      if (token == eos) {
-        p->ended = 1;
+    session_rows(s, tokens, seq, pos, rows);
+    // Inside a prompt there is nothing to sample; the rows between such rows are sampled in pieces.
+    for (int r = 0; r < rows;) {
+      int end = r, most = greedy ? rows : s->logit_rows;
+      while (end < rows && end - r < most && pos[end] + 1 >= prompts[seq[end]].n_ids && prompts[seq[end]].n_out < max_new) end++;
+      if (end == r) {
+        r++;
         continue;
       }
-      p->out[p->n_out++] = last[seq[r]] = token;
-      if (on_token) on_token(ctx, seq[r], token);
+      if (greedy) {
+        session_best(s, r, end - r, V, next + r);
+      } else {
+        const float *logits = session_logits(s, r, end - r);
+        for (int i = r; i < end; i++) {
+          next[i] = sample_token(sampler, logits + (size_t)(i - r) * (size_t)s->m->c.vocab, V, prompts[seq[i]].number, (uint64_t)pos[i], probs);
+        }
+      }
+      for (; r < end; r++) {
+        Prompt *p = &prompts[seq[r]];
+        if (next[r] == eos) {
+          p->ended = 1;
+          continue;
+        }
+        p->out[p->n_out++] = last[seq[r]] = next[r];
+        if (on_token) on_token(ctx, seq[r], next[r]);
+      }
     }
   }
   free(tokens);
   free(last);
   free(at);
+  free(next);
   free(probs);
 }
 

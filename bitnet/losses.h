@@ -39,15 +39,14 @@ back into dfinal and the classifier, and overwritten by the next chunk. B x T x 
 */
 UNUSED static double head_cross_entropy(Model *m, int backward) {
   int C = m->c.dim, V = m->c.vocab;
-  const float *head = m->params + m->table.head;
   for (int r0 = 0; r0 < m->R; r0 += m->head_rows) {
     int n = m->R - r0 < m->head_rows ? m->R - r0 : m->head_rows;
     const floatX *x = m->final + (size_t)r0 * (size_t)C;
-    linear_forward(m->logits, x, head, n, V, C, m->precision);
+    model_logits(m, m->logits, x, n);
     cross_entropy_forward(m->losses + r0, m->head_lse, m->logits, m->targets + r0, n, V);
     if (!backward) continue;
     cross_entropy_backward(m->logits, m->head_lse, m->targets + r0, m->coef + r0, n, V);
-    linear_backward(m->dfinal + (size_t)r0 * (size_t)C, m->grads + m->table.head, m->logits, x, head, n, V, C, m->precision);
+    linear_backward(m->dfinal + (size_t)r0 * (size_t)C, m->grads + m->table.head, m->logits, x, m->params + m->table.head, n, V, C, m->precision);
   }
   double sum = 0;
   dev_copy_out(m->host_losses, m->losses, (size_t)m->R * sizeof(float));

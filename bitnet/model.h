@@ -2,12 +2,14 @@
 model.h: the network, written once for every backend and every mode.
 
 What it is:  Config (the shape of a model), the one table of its tensors, the layout of its memory, and the forward and backward
-             passes as lists of operations.
+             passes as lists of operations. A frozen model only runs: packed ternary matrices, the embedding table as it was
+             stored, norms; no master weights. Its forward pass is the same list and has the same bits as at lambda = 1.
 What not:    no arithmetic (that is below bitnet/ops.h), no losses (losses.h writes the gradient that model_backward starts
              from), no optimizer, no files.
 Read before: bitnet/ops.h; train_bitnet.c for what each operation computes.
-Defines:     Config, config_check; Tensor, Model, model_open, model_alloc_batch, model_alloc_training, model_free, model_quantize, Context,
-             layer_forward, layer_backward, model_forward, model_backward; Memory, model_memory.
+Defines:     Config, config_check; Tensor, Model, model_open, model_alloc_batch, model_alloc_training, model_free, model_quantize,
+             model_open_frozen, frozen_weight, model_embed, model_logits, Context, layer_forward, layer_backward, model_forward,
+             model_backward; Memory, model_memory.
 
 One block, with the names of the buffers (DESIGN of BitNet b1.58 with sub-norms):
 
@@ -94,6 +96,7 @@ typedef struct {
   LayerSlots *layers;
   size_t embed, final_norm, head;   // head == embed when tied
   size_t floats;                    // size of an arena
+  int frozen;                       // matrices and embeddings have no place in the arena: their offsets are NONE
 } TensorTable;
 
 // Appends a tensor of shape [rows, cols], or [rows] where cols is 0; returns its offset. Groups start on 64 bytes.
@@ -105,6 +108,7 @@ static size_t add_tensor_(TensorTable *t, int flags, size_t rows, size_t cols, c
   x->shape[0] = rows;
   x->shape[1] = cols ? cols : 1;
   x->n = size_mul(rows, x->shape[1]);
+  if (t->frozen && (flags & (TERNARY | EMBED))) return x->offset = NONE;
   x->offset = flags & JOINED ? t->floats : (t->floats + 15) / 16 * 16;
   t->floats = x->offset + x->n;
   return x->offset;
@@ -113,11 +117,12 @@ static size_t add_tensor_(TensorTable *t, int flags, size_t rows, size_t cols, c
 // Every tensor of the model, one line each, in the order of the network.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wformat-nonliteral"
-UNUSED static void tensor_table(TensorTable *t, const Config *c) {
+static void build_table_(TensorTable *t, const Config *c, int frozen) {
   size_t C = (size_t)c->dim, V = (size_t)c->vocab, F = (size_t)c->ffn_dim, HS = (size_t)c->head_dim;
   size_t Q = (size_t)c->heads * HS, KV = (size_t)c->kv_heads * HS;
   const int matrix = TERNARY | DECAY;
   memset(t, 0, sizeof *t);
+  t->frozen = frozen;
   t->tensors = (Tensor *)xcalloc((size_t)c->layers * 17 + 3, sizeof(Tensor));
   t->layers = (LayerSlots *)xcalloc((size_t)c->layers, sizeof(LayerSlots));
   t->embed = add_tensor_(t, EMBED | DECAY, V, C, "model.embed_tokens.weight", 0);
@@ -151,6 +156,10 @@ UNUSED static void tensor_table(TensorTable *t, const Config *c) {
   t->floats = (t->floats + 15) / 16 * 16;
 }
 #pragma GCC diagnostic pop
+
+UNUSED static void tensor_table(TensorTable *t, const Config *c) {
+  build_table_(t, c, 0);
+}
 
 // Number of parameters (the arena also holds some padding).
 UNUSED static size_t tensor_table_params(const TensorTable *t) {
@@ -238,8 +247,11 @@ typedef struct {
   TensorTable table;
   float lambda;              // of the last model_quantize; -1 before the first
   int precision;             // PRECISION_*
+  int frozen;                // 1: only runs; see model_open_frozen
+  Head embed, head;          // of a frozen model: embedding table and classifier, the same table when tied
+  void *head_memory;
   // arenas, in device memory
-  float *params;             // float master weights
+  float *params;             // float master weights; of a frozen model norms and biases only
   float *grads, *m, *v;      // training only
   void *weights_memory;      // quantised weights
   LayerWeights *weights;     // [L]
@@ -270,7 +282,7 @@ typedef struct {
   size_t parameters, gradients, optimizer, weights, activations, scratch, total;
 } Memory;
 
-static void weights_layout_(Arena *a, LayerWeights *w, const Config *c) {
+static void weights_layout_(Arena *a, LayerWeights *w, const Config *c, int packed) {
   int Q = c->heads * c->head_dim, KV = c->kv_heads * c->head_dim;
   const int shapes[4][5] = {{config_qkv(c), c->dim, Q, KV, KV}, {c->dim, Q, c->dim, 0, 0},
                             {2 * c->ffn_dim, c->dim, c->ffn_dim, c->ffn_dim, 0}, {c->dim, c->ffn_dim, c->dim, 0, 0}};
@@ -279,9 +291,27 @@ static void weights_layout_(Arena *a, LayerWeights *w, const Config *c) {
     all[i]->N = shapes[i][0];
     all[i]->K = shapes[i][1];
     memcpy(all[i]->parts, shapes[i] + 2, sizeof all[i]->parts);
-    all[i]->data = take_(a, bitweight_bytes(all[i]->N, all[i]->K));
+    all[i]->data = take_(a, packed ? bitweight_packed_bytes(all[i]->N, all[i]->K) : bitweight_bytes(all[i]->N, all[i]->K));
     all[i]->gamma = (float *)take_(a, (size_t)all[i]->N * sizeof(float));
   }
+}
+
+// Tables and screen of a frozen model; half_embed, half_head: stored as bf16.
+static void heads_layout_(Arena *a, Model *m, int half_embed, int half_head) {
+  const Config *c = &m->c;
+  m->embed.V = m->head.V = c->vocab;
+  m->embed.C = m->head.C = c->dim;
+  m->embed.precision = m->head.precision = m->precision;
+  m->head.half = half_head;
+  m->head.table = take_(a, head_table_bytes(c->vocab, c->dim, half_head));
+  size_t screen = head_screen_bytes(c->vocab, c->dim);
+  m->head.screen = screen ? take_(a, screen) : NULL;
+  if (c->tie_embeddings) {
+    m->embed = m->head;
+    return;
+  }
+  m->embed.half = half_embed;
+  m->embed.table = take_(a, head_table_bytes(c->vocab, c->dim, half_embed));
 }
 
 // The buffers of training that are not one layer's own.
@@ -327,16 +357,25 @@ static size_t scratch_bytes_(const Config *c, size_t R) {
   return ops_scratch_bytes(R, (size_t)n, (size_t)k);
 }
 
-UNUSED static void model_reserve_scratch(const Config *c, size_t R) {
+static void reserve_scratch_bytes_(size_t need) {
   static void *scratch;
   static size_t size;
-  size_t need = scratch_bytes_(c, R);
   if (need <= size) return;
   dev_free(scratch);
   scratch = dev_malloc(need);
   if (scratch == NULL) die(EXIT_FAILED, "out of memory: %zu bytes of scratch", need);
   size = need;
   ops_set_scratch(scratch, size);
+}
+
+UNUSED static void model_reserve_scratch(const Config *c, size_t R) {
+  reserve_scratch_bytes_(scratch_bytes_(c, R));
+}
+
+// The same for a frozen model, which also looks for the largest logit.
+UNUSED static size_t frozen_scratch_bytes(const Config *c, size_t R) {
+  size_t argmax = head_scratch_bytes(c->vocab, c->dim), products = scratch_bytes_(c, R);
+  return argmax > products ? argmax : products;
 }
 
 static void set_batch_size_(Model *m, int B, int T, int recompute) {
@@ -360,7 +399,7 @@ UNUSED static Memory model_memory(const Config *c, int B, int T, int recompute, 
   m.residual = (floatX **)xcalloc((size_t)c->layers + 1, sizeof(floatX *));
   m.acts = (LayerActs *)xcalloc((size_t)c->layers, sizeof(LayerActs));
   LayerWeights w;
-  for (int l = 0; l < c->layers; l++) weights_layout_(&weights, &w, c);
+  for (int l = 0; l < c->layers; l++) weights_layout_(&weights, &w, c, 0);
   training_layout_(&acts, &m, codes_only);
   out.parameters = m.table.floats * sizeof(float) + (size_t)c->max_seq * (size_t)c->head_dim * sizeof(float);
   out.gradients = m.table.floats * sizeof(float);
@@ -405,15 +444,16 @@ UNUSED static void rope_table(float *cossin, const Config *c) {
   }
 }
 
-// Builds a model with zero parameters: table, parameter arena, room for quantised weights, rope. Dies on a bad Config.
-UNUSED static void model_open(Model *m, const Config *c, int precision) {
+// Table, parameter arena, room for quantised weights, rope; zero parameters. Dies on a bad Config.
+static void open_model_parts_(Model *m, const Config *c, int precision, int frozen) {
   const char *why = config_check(c);
   if (why) die(EXIT_USAGE, "%s", why);
   memset(m, 0, sizeof *m);
   m->c = *c;
   m->lambda = -1;
   m->precision = precision;
-  tensor_table(&m->table, c);
+  m->frozen = frozen;
+  build_table_(&m->table, c, frozen);
   m->params = (float *)device_memory_(m->table.floats * sizeof(float), "parameters");
   size_t rope_bytes = (size_t)c->max_seq * (size_t)c->head_dim * sizeof(float);
   float *host = (float *)xmalloc(rope_bytes);
@@ -423,17 +463,51 @@ UNUSED static void model_open(Model *m, const Config *c, int precision) {
   free(host);
   m->weights = (LayerWeights *)xcalloc((size_t)c->layers, sizeof(LayerWeights));
   Arena count = {NULL, 0}, weights = {NULL, 0};
-  for (int l = 0; l < c->layers; l++) weights_layout_(&count, &m->weights[l], c);
+  for (int l = 0; l < c->layers; l++) weights_layout_(&count, &m->weights[l], c, frozen);
   m->weights_memory = device_memory_(count.used, "quantised weights");
   weights.base = (char *)m->weights_memory;
   for (int l = 0; l < c->layers; l++) {
     LayerWeights *w = &m->weights[l];
     const LayerSlots *s = &m->table.layers[l];
-    weights_layout_(&weights, w, c);
+    weights_layout_(&weights, w, c, frozen);
     w->qkv.precision = w->o.precision = w->gate_up.precision = w->down.precision = precision;
     w->qkv.bias = s->qkv_bias == NONE ? NULL : m->params + s->qkv_bias;
     w->o.bias = s->o_bias == NONE ? NULL : m->params + s->o_bias;
   }
+}
+
+// Builds a model with zero parameters, to be trained or to be run at any lambda.
+UNUSED static void model_open(Model *m, const Config *c, int precision) {
+  open_model_parts_(m, c, precision, 0);
+}
+
+/*
+Builds a model that only runs, at lambda = 1, in about a sixteenth of the memory; act_bits must not be 0. Its matrices are still to be packed
+(frozen_weight tells where), its tables filled with head_rows, its norms and biases copied to params. half_embed, half_head: the tables are kept
+in bf16, for models whose values are bf16 numbers; a tied table is the head's. A frozen model takes part in model_forward, but it has
+no gradients.
+*/
+UNUSED static void model_open_frozen(Model *m, const Config *c, int precision, int half_embed, int half_head) {
+  if (c->act_bits == 0) die(EXIT_USAGE, "a model with act_bits=0 has float activations; only int8 and int4 ones run on packed weights");
+  open_model_parts_(m, c, precision, 1);
+  Arena count = {NULL, 0}, arena = {NULL, 0};
+  heads_layout_(&count, m, half_embed, half_head);
+  m->head_memory = device_memory_(count.used, "the embedding table");
+  arena.base = (char *)m->head_memory;
+  heads_layout_(&arena, m, half_embed, half_head);
+  model_reserve_scratch(c, 1);
+  m->lambda = 1;
+}
+
+// Where matrix i of the tensor table (flag TERNARY) of a frozen model is packed; *part: as which of its logical matrices.
+UNUSED static BitWeight *frozen_weight(Model *m, int i, int *part) {
+  int matrix = 0;   // how many matrices come before it
+  for (int k = 0; k < i; k++) matrix += (m->table.tensors[k].flags & TERNARY) != 0;
+  LayerWeights *w = &m->weights[matrix / 7];   // in each layer q k v, o, gate up, down
+  static const int parts[7] = {0, 1, 2, 0, 0, 1, 0};
+  BitWeight *of[7] = {&w->qkv, &w->qkv, &w->qkv, &w->o, &w->gate_up, &w->gate_up, &w->down};
+  *part = parts[matrix % 7];
+  return of[matrix % 7];
 }
 
 // Adds buffers for forward and backward passes over batches of B x T. codes_only: every forward pass will run at lambda = 1.
@@ -466,6 +540,7 @@ UNUSED static void model_free(Model *m) {
   dev_free(m->m);
   dev_free(m->v);
   dev_free(m->weights_memory);
+  dev_free(m->head_memory);
   dev_free(m->cossin);
   dev_free(m->acts_memory);
   free(m->weights);
@@ -491,8 +566,10 @@ UNUSED static void model_init_random(Model *m, uint64_t seed) {
   }
 }
 
-// Quantises all weights at this lambda: once per optimizer step, and before evaluation at lambda = 1.
+// Quantises all weights at this lambda: once per optimizer step, and before evaluation at lambda = 1. A frozen model is quantised already.
 UNUSED static void model_quantize(Model *m, float lambda) {
+  if (m->frozen && lambda != 1.0f) die(EXIT_FAILED, "bug: a frozen model at lambda %g", (double)lambda);
+  if (m->frozen) return;
   for (int l = 0; l < m->c.layers; l++) {
     LayerWeights *w = &m->weights[l];
     const LayerSlots *s = &m->table.layers[l];
@@ -594,11 +671,23 @@ static Context training_context_(const Model *m) {
   return ctx;
 }
 
+// x (=) [R,C], the embeddings of R tokens.
+UNUSED static void model_embed(const Model *m, floatX *x, const int *tokens, int R) {
+  if (m->frozen) head_embedding(x, tokens, &m->embed, R);
+  else embedding_forward(x, tokens, m->params + m->table.embed, R, m->c.dim);
+}
+
+// logits (=) [R,V] of R rows of the classifier's input.
+UNUSED static void model_logits(const Model *m, floatX *logits, const floatX *x, int R) {
+  if (m->frozen) head_forward(logits, x, &m->head, R);
+  else linear_forward(logits, x, m->params + m->table.head, R, m->c.vocab, m->c.dim, m->precision);
+}
+
 // From m->tokens, m->start, m->pos (on the device) to m->final, the input of the classifier.
 UNUSED static void model_forward(Model *m) {
   Context ctx = training_context_(m);
   int L = m->c.layers;
-  embedding_forward(m->residual[0], m->tokens, m->params + m->table.embed, m->R, m->c.dim);
+  model_embed(m, m->residual[0], m->tokens, m->R);
   for (int l = 0; l < L; l++) layer_forward(m, l, &m->acts[m->recompute ? 0 : l], m->residual[l + 1], m->residual[l], &ctx);
   rmsnorm_forward(m->final, m->rstd_final, m->residual[L], m->params + m->table.final_norm, m->R, m->c.dim, m->c.norm_eps);
 }

@@ -62,10 +62,23 @@ typedef struct {
   int parts[3];        // rows of each logical matrix; the rest 0; they sum to N
   float lambda;        // of the last weight_quantize
   int precision;       // PRECISION_*: of products with float operands
-  void *data;          // bitweight_bytes(N, K) bytes in whatever layout the backend likes
+  int packed;          // 1: for inference only, written by weight_pack
+  void *data;          // bitweight_bytes(N, K), or bitweight_packed_bytes(N, K), in whatever layout the backend likes
   float *gamma;        // [N]
   const float *bias;   // [N], or NULL
 } BitWeight;
+
+/*
+The embedding table and classifier of a model that only runs. The table is exact: float, or bf16 where that loses nothing. The screen is a small
+lossy copy of it, with which head_argmax finds the largest logit without reading all of the table.
+*/
+typedef struct {
+  int V, C;
+  int half;            // 1: the table is bf16, 0: float
+  int precision;       // PRECISION_*: what both operands of the classifier are rounded to
+  void *table;         // [V,C], head_table_bytes(V, C, half) bytes
+  void *screen;        // head_screen_bytes(V, C) bytes, zeroed; or NULL: head_argmax computes all logits
+} Head;
 
 // ---- device -----------------------------------------------------------------------------------------------
 
@@ -82,6 +95,8 @@ void dev_zero(void *dst, size_t bytes);
 void dev_copy(void *dst, const void *src, size_t bytes);       // device -> device, no overlap
 void dev_copy_in(void *dst, const void *src, size_t bytes);    // host -> device
 void dev_copy_out(void *dst, const void *src, size_t bytes);   // device -> host; waits for all work before it
+// Reads all of this memory once, as fast as it can be read: the yardstick of decoding.
+void dev_read(const void *p, size_t bytes);
 // floatX on the device <-> float on the host, n elements. For tests, dumps and the sampler.
 void dev_floatx_in(floatX *dst, const float *src, size_t n);
 void dev_floatx_out(float *dst, const floatX *src, size_t n);
@@ -119,6 +134,11 @@ void headnorm_backward(floatX *dqkv, float *dqgain, float *dkgain, const floatX 
 size_t bitweight_bytes(int N, int K);
 // w.data, w.gamma, w.lambda (=) from the master weights [N,K]
 void weight_quantize(BitWeight *w, const float *master, float lambda);
+// The form for inference: about 2 bits a weight, lambda = 1 for good. Products give the same bits as after weight_quantize at lambda = 1.
+size_t bitweight_packed_bytes(int N, int K);
+// Logical matrix `part` of w (zeroed memory) from its master weights [parts[part],K], or from codes and a scale. Any order, each once.
+void weight_pack(BitWeight *w, int part, const float *master);
+void weight_pack_codes(BitWeight *w, int part, const int8_t *codes, float gamma);
 // codes (=) [N,K] int8 in {-1,0,1}, device memory, of a BitWeight at lambda = 1: for export, statistics and tests
 void bitweight_codes(int8_t *codes, const BitWeight *w);
 // out (=) [R,N] = x w' + bias + residual;  residual [R,N] or NULL; it must not be out
@@ -129,6 +149,21 @@ void bitlinear_backward(floatX *dx, float *dw, float *dbias, const floatX *dout,
 void linear_forward(floatX *out, const floatX *x, const float *w, int R, int N, int K, int precision);
 // dx (=) [R,K], dw (+=) [N,K]
 void linear_backward(floatX *dx, float *dw, const floatX *dout, const floatX *x, const float *w, int R, int N, int K, int precision);
+
+// ---- embedding and classifier of a model that only runs ---------------------------------------------------
+
+size_t head_table_bytes(int V, int C, int half);
+size_t head_screen_bytes(int V, int C);
+// Scratch that head_argmax needs.
+size_t head_scratch_bytes(int V, int C);
+// Rows first .. first+n-1 of the table and its screen (=) from floats [n,C]. Where half is 1 they must be bf16 numbers.
+void head_rows(Head *h, const float *rows, int first, int n);
+// out (=) [R,C]
+void head_embedding(floatX *out, const int *tokens, const Head *h, int R);
+// logits (=) [R,V]: what linear_forward computes from the same table at this precision
+void head_forward(floatX *logits, const floatX *x, const Head *h, int R);
+// best (=) [R]: the token below V <= h->V with the largest of those logits, the first of equals
+void head_argmax(int *best, const floatX *x, const Head *h, int R, int V);
 
 // ---- attention --------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ What it is:  a reader that maps a file into memory and believes nothing in it, a
 What not:    nothing here knows which tensors a model has: the model checks names, shapes and dtypes. No sub-byte dtypes.
 Read before: bitnet/utils.h, bitnet/json.h.
 Defines:     StDtype, st_dtype_name, st_dtype_size; StTensor, StFile, st_open, st_close, st_find, st_metadata, st_data,
-             st_read_f32, st_verify; StSet, st_set_open, st_set_close, st_set_find, st_set_verify; StEntry, StMeta,
+             st_read_f32, st_release, st_verify; StSet, st_set_open, st_set_close, st_set_find, st_set_verify; StEntry, StMeta,
              StSource, st_write; bf16_from_f32, f32_from_bf16, f16_from_f32, f32_from_f16.
 
 A file:
@@ -392,6 +392,12 @@ UNUSED static void st_read_f32(const StFile *f, const StTensor *t, float *out, s
   }
 }
 
+// Gives the memory back that reading a tensor has filled; it can be read again, from the file.
+UNUSED static void st_release(const StFile *f, const StTensor *t) {
+  size_t page = (size_t)sysconf(_SC_PAGESIZE), begin = (f->data_at + t->begin + page - 1) / page * page, end = (f->data_at + t->end) / page * page;
+  if (begin < end) madvise((void *)(f->map + begin), end - begin, MADV_DONTNEED);
+}
+
 // ---------------------------------------------------------------------------------------------------------
 /*
 Checksums. The metadata entry "crc32.NAME" holds the CRC-32 of tensor NAME's bytes as eight hexadecimal digits, and
@@ -446,6 +452,7 @@ UNUSED static int st_verify(const StFile *f) {
     char what[ST_MAX_NAME + 16];
     snprintf(what, sizeof what, "tensor %s", t->name);
     st_crc_compare_(f, m, crc32_bytes(0, st_data(f, t), t->end - t->begin), what, f->data_at + t->begin);
+    st_release(f, t);
     n++;
   }
   if (own == NULL && n == 0) return 0;

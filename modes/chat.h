@@ -30,7 +30,7 @@ UNUSED static void mode_chat(Options *o) {
   uint64_t turn = 0;
   int tty = isatty(0);
   speaker_open(&s, o, (float)o->lambda);
-  session_open(&session, &s.m, 1, s.m.c.max_seq, s.m.c.max_seq < 256 ? s.m.c.max_seq : 256, o->lambda == 1 && s.m.c.act_bits > 0);
+  session_open(&session, &s.m, 1, s.m.c.max_seq, s.m.c.max_seq < 256 ? s.m.c.max_seq : 256, s.m.frozen);
   int *out = (int *)xcalloc((size_t)o->n, sizeof(int));
   fprintf(stderr, "%zu parameters, context of %d tokens. Type a prompt, for an arithmetic model like 12+34= ; /quit ends.\n",
           tensor_table_params(&s.m.table), s.m.c.max_seq);

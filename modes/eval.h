@@ -197,13 +197,12 @@ UNUSED static void mode_eval(Options *o) {
   StrBuf samples = {NULL, 0, 0};
   checkpoint_path(dir, sizeof dir, o->dir);
   checkpoint_options(o, dir);
-  model_load(&m, dir, o->precision);
+  load_to_run(&m, dir, o->precision, (float)o->lambda);
   checkpoint_tokenizer(&tok, dir);
-  model_quantize(&m, (float)o->lambda);
   int T = o->seq_len > 0 && o->seq_len < m.c.max_seq ? o->seq_len : m.c.max_seq;
-  model_alloc_batch(&m, is_arithmetic(o) ? 128 : 8, T, 1, o->lambda == 1 && m.c.act_bits > 0);
+  model_alloc_batch(&m, is_arithmetic(o) ? 128 : 8, T, 1, m.frozen);
   evaluation_open(&e, o, &m, &tok, is_arithmetic(o) ? "" : options_is_set(o, "data") == FROM_USER || o->val_data[0] == 0 ? o->data : o->val_data,
-                  o->lambda == 1 && m.c.act_bits > 0);
+                  m.frozen);
   evaluation_run(&e, &m, &found);
   if (e.arithmetic) {
     evaluation_samples(&e, &m, &samples);

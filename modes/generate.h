@@ -4,7 +4,7 @@ generate.h: the mode that continues a text, and what the modes that only run a m
 What it is:  ./train_bitnet generate DIR prompt="12+34=" n=64 temperature=0.8 count=3
              The text goes to stdout, everything else to stderr; count texts are sampled side by side.
 Read before: bitnet/infer.h, bitnet/checkpoint.h.
-Defines:     Speaker (a model with its tokenizer, ready to continue texts), speaker_open, speaker_close; mode_generate.
+Defines:     load_to_run; Speaker (a model with its tokenizer, ready to continue texts), speaker_open, speaker_close; mode_generate.
 */
 #ifndef MODE_GENERATE_H
 #define MODE_GENERATE_H
@@ -27,13 +27,24 @@ UNUSED static Sampler sampler_from_options(const Options *o) {
   return s;
 }
 
-// Loads o->dir with its tokenizer and quantises it at lambda.
+// Loads a model to be run at lambda: packed where it is the ternary one, else with its float weights.
+UNUSED static void load_to_run(Model *m, const char *dir, int precision, float lambda) {
+  Config c;
+  config_read(&c, dir);
+  if (lambda == 1.0f && c.act_bits > 0) {
+    model_load_frozen(m, dir, precision);
+  } else {
+    model_load(m, dir, precision);
+    model_quantize(m, lambda);
+  }
+}
+
+// Loads o->dir with its tokenizer, to be run at lambda.
 UNUSED static void speaker_open(Speaker *s, const Options *o, float lambda) {
   char dir[4096];
   checkpoint_path(dir, sizeof dir, o->dir);
-  model_load(&s->m, dir, o->precision);
+  load_to_run(&s->m, dir, o->precision, lambda);
   checkpoint_tokenizer(&s->tok, dir);
-  model_quantize(&s->m, lambda);
   s->sampler = sampler_from_options(o);
 }
 
@@ -63,7 +74,7 @@ UNUSED static void mode_generate(Options *o) {
   int *ids = prompt_ids(&s.tok, o->prompt, &n_ids);
   if (n_ids >= s.m.c.max_seq) die(EXIT_USAGE, "the prompt has %d tokens, the model's context only max_seq=%d", n_ids, s.m.c.max_seq);
   int capacity = n_ids + o->n < s.m.c.max_seq ? n_ids + o->n : s.m.c.max_seq;
-  session_open(&session, &s.m, count, capacity, count > 256 ? count : 256, o->lambda == 1 && s.m.c.act_bits > 0);
+  session_open(&session, &s.m, count, capacity, count > 256 ? count : 256, s.m.frozen);
   Prompt *prompts = (Prompt *)xcalloc((size_t)count, sizeof(Prompt));
   for (int i = 0; i < count; i++) {
     prompts[i].ids = ids;

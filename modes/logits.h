@@ -38,11 +38,10 @@ UNUSED static void mode_logits(Options *o) {
   char dir[4096];
   int *ids, seq = 0;
   checkpoint_path(dir, sizeof dir, o->dir);
-  model_load(&m, dir, options_is_set(o, "precision") ? o->precision : PRECISION_FP32);
-  model_quantize(&m, (float)o->lambda);
+  load_to_run(&m, dir, options_is_set(o, "precision") ? o->precision : PRECISION_FP32, (float)o->lambda);
   int n = parse_ids_(o->ids, m.c.vocab, &ids);
   if (n > m.c.max_seq) die(EXIT_USAGE, "ids: %d tokens, the model's context has max_seq=%d", n, m.c.max_seq);
-  session_open(&session, &m, 1, n, 1, 0);
+  session_open(&session, &m, 1, n, 1, m.frozen);
   for (int i = 0; i < n; i++) {
     const float *logits = session_forward(&session, ids + i, &seq, &i, 1);
     for (int v = 0; v < m.c.vocab; v++) printf("%s%.9g", v ? " " : "", (double)logits[v]);

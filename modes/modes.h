@@ -8,6 +8,7 @@ Defines:     run_mode.
 #ifndef MODES_H
 #define MODES_H
 
+#include "bench_infer.h"
 #include "chat.h"
 #include "eval.h"
 #include "generate.h"
@@ -21,7 +22,8 @@ static const Mode modes[] = {
     {"chat", "DIR", "talk to a model: type a prompt, read its answer", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_chat},
     {"generate", "DIR prompt=TEXT", "continue a text; the text alone goes to stdout", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_generate},
     {"eval", "DIR [data=GLOB]", "loss and exact match on held-out data, at lambda = 1", GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_INFERENCE, 0, 1, mode_eval},
-    {"logits", "DIR ids=\"1 2 3\"", "one line per position with all logits, for checking against a reference", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_logits}};
+    {"logits", "DIR ids=\"1 2 3\"", "one line per position with all logits, for checking against a reference", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_logits},
+    {"bench", "decode", "how fast a packed model of the 2B4T shape runs", GROUP_SHARED, 0, 1, bench_inference}};
 
 // Everything main does. Returns the exit code.
 static int run_mode(int argc, char **argv) {
