@@ -164,6 +164,12 @@ static int amx_ready(void) {
   return answer;
 }
 
+// gcc's headers do not say that tile instructions read memory (of a configuration they name 8 bytes, of a tile none), so what they are
+// to read could be stored too late or not at all. This comes between: everything at and around p is in memory now.
+static inline void amx_reads(const void *p) {
+  __asm__ volatile("" : : "r"(p) : "memory");
+}
+
 // Every thread describes its eight tiles before it uses them: 16 rows of 64 bytes each.
 static void amx_begin(void) {
   struct {
@@ -177,6 +183,7 @@ static void amx_begin(void) {
     config.bytes[i] = 64;
     config.rows[i] = 16;
   }
+  amx_reads(&config);
   _tile_loadconfig(&config);
 }
 
@@ -454,6 +461,7 @@ static void pack_a_amx(void *panel, const Product *g, size_t i0, size_t p0, size
 static void tile_amx(float *c, size_t ldc, int load, const void *a_panel, const void *b_panel, size_t kc) {
   const char *a = (const char *)a_panel, *b = (const char *)b_panel;
   size_t row = ldc * sizeof(float);
+  amx_reads(c);
   if (load) {
     _tile_loadd(0, c, row);
     _tile_loadd(1, c + 16, row);
@@ -769,6 +777,7 @@ static void tile_i8_amx(int32_t *sums, const int8_t *q, const uint8_t *panels, s
     memset(tail, 0, sizeof tail);
     for (size_t i = 0; i < 32; i++) memcpy(tail + i * 64, q + i * K + whole, K - whole);
   }
+  amx_reads(tail);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -886,6 +895,92 @@ static void gemm_i8(float *out, int32_t *exact, const int8_t *q, const float *s,
     }
     if (amx_ready()) amx_end();
   }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+/*
+What the machine can do: the innermost instruction of each kernel in a loop that touches no memory. Each returns the operations of one call of
+`steps` steps; the caller times it on all threads at once. *sink keeps the compiler from dropping the work.
+*/
+static double peak_loop_f32(size_t steps, float *sink) {
+  vfloat acc[MR][2], x = {0}, y = {0};
+  x += *sink;
+  y += *sink;
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; i++) acc[i][0] = acc[i][1] = x;
+  for (size_t s = 0; s < steps; s++) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++) {
+      acc[i][0] += x * y;
+      acc[i][1] += x * y;
+    }
+    __asm__ volatile("" : "+x"(x), "+x"(y));   // the products may not be computed once for all
+  }
+  for (int i = 0; i < MR; i++) *sink += (acc[i][0] + acc[i][1])[0];
+  return 2.0 * (double)steps * MR * 2 * VL;
+}
+
+static double peak_loop_bf16(size_t steps, float *sink) {
+#ifdef BITNET_AMX
+  if (amx_ready()) {
+    _tile_zero(4);
+    _tile_zero(5);
+    for (size_t s = 0; s < steps; s++) {
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_dpbf16ps(1, 4, 5);
+      _tile_dpbf16ps(2, 4, 5);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+    (void)sink;
+    return 2.0 * (double)steps * 4 * 16 * 16 * 32;
+  }
+#endif
+#ifdef BITNET_BF16
+  __m512 acc[16];
+  __m512i x = _mm512_set1_epi32((int)*sink);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_ps();
+  for (size_t s = 0; s < steps; s++) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)x, (__m512bh)x);
+    __asm__ volatile("" : "+v"(x));
+  }
+  for (int i = 0; i < 16; i++) *sink += _mm512_reduce_add_ps(acc[i]);
+  return 2.0 * (double)steps * 16 * 32;
+#else
+  return peak_loop_f32(steps, sink);
+#endif
+}
+
+static double peak_loop_i8(size_t steps, float *sink) {
+#ifdef BITNET_AMX
+  if (amx_ready()) {
+    _tile_zero(4);
+    _tile_zero(5);
+    for (size_t s = 0; s < steps; s++) {
+      _tile_dpbsud(0, 4, 5);
+      _tile_dpbsud(1, 4, 5);
+      _tile_dpbsud(2, 4, 5);
+      _tile_dpbsud(3, 4, 5);
+    }
+    (void)sink;
+    return 2.0 * (double)steps * 4 * 16 * 16 * 64;
+  }
+#endif
+#ifdef BITNET_VNNI
+  __m512i acc[16], x = _mm512_set1_epi32((int)*sink);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) acc[i] = x;
+  for (size_t s = 0; s < steps; s++) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) acc[i] = _mm512_dpbusd_epi32(acc[i], x, x);
+    __asm__ volatile("" : "+v"(x));
+  }
+  for (int i = 0; i < 16; i++) *sink += (float)_mm512_reduce_add_epi32(acc[i]);
+  return 2.0 * (double)steps * 16 * 64;
+#else
+  return peak_loop_f32(steps, sink);
+#endif
 }
 
 #endif

@@ -140,6 +140,47 @@ void dev_floatx_out(float *dst, const floatX *src, size_t n) {
   memcpy(dst, src, n * sizeof(float));
 }
 
+// The best of several calls of a peak loop on all threads, operations a second.
+static double best_rate(double (*loop)(size_t, float *), size_t steps) {
+  double best = 0;
+  for (int run = 0; run < 10; run++) {
+    double operations = 0, t0 = time_now();
+#pragma omp parallel reduction(+ : operations)
+    {
+      float sink = 0;
+      if (amx_ready()) amx_begin();
+      operations += loop(steps, &sink);
+      if (amx_ready()) amx_end();
+      if (sink != 0) operations += 1;   // never; but the compiler does not know
+    }
+    double rate = operations / (time_now() - t0);
+    best = rate > best ? rate : best;
+  }
+  return best;
+}
+
+void dev_peaks(Peaks *p) {
+  size_t bytes = (size_t)256 << 20;   // larger than the caches of most machines
+  float *x = (float *)dev_malloc(bytes);
+  p->fp32 = best_rate(peak_loop_f32, 1 << 20);
+  p->bf16 = best_rate(peak_loop_bf16, 1 << 20);
+  p->int8 = best_rate(peak_loop_i8, 1 << 20);
+  p->read = 0;
+  for (int run = 0; run < 5 && x; run++) {
+    double t0 = time_now(), sum = 0;
+#pragma omp parallel for schedule(static) reduction(+ : sum)
+    for (size_t k = 0; k < bytes / 4096; k++) {
+      float part = 0;
+#pragma omp simd reduction(+ : part)
+      for (size_t i = 0; i < 1024; i++) part += x[k * 1024 + i];
+      sum += (double)part;
+    }
+    double rate = (double)bytes / (time_now() - t0);
+    if (sum == 0 && rate > p->read) p->read = rate;   // the memory is zeroed, so the sum is 0
+  }
+  dev_free(x);
+}
+
 // The largest of: packed operands of a product; two rows for each thread; one partial sum for each chunk of rows; a number for each
 // row and thread.
 size_t ops_scratch_bytes(size_t max_rows, size_t max_n, size_t max_k) {

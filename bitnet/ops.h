@@ -85,6 +85,12 @@ void dev_copy_out(void *dst, const void *src, size_t bytes);   // device -> host
 // floatX on the device <-> float on the host, n elements. For tests, dumps and the sampler.
 void dev_floatx_in(floatX *dst, const float *src, size_t n);
 void dev_floatx_out(float *dst, const floatX *src, size_t n);
+// What the device can do at best, measured by short loops: operations a second (a multiplication and an addition are two) in
+// products of each number format, and bytes a second read from memory. Takes about a second.
+typedef struct {
+  double fp32, bf16, int8, read;
+} Peaks;
+void dev_peaks(Peaks *p);
 // Scratch of the backend (packed operands, partial sums). Reserve once, before the first step; ops die on a shortage.
 size_t ops_scratch_bytes(size_t max_rows, size_t max_n, size_t max_k);
 void ops_set_scratch(void *scratch, size_t bytes);

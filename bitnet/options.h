@@ -177,7 +177,7 @@ static const OptionRow option_rows[] = {OPTION_TABLE(INT_, REAL_, TEXT_, CHOICE_
 typedef struct {
   const char *name, *args, *help;   // args: what follows the name on the command line, for --help
   int groups;                       // GROUP_* that it reads
-  int presets, dir;                 // whether it takes a preset, a directory
+  int presets, dir;                 // whether it takes a preset, a directory (2: one that may be left out)
   void (*run)(Options *o);
 } Mode;
 
