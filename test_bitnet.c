@@ -41,12 +41,16 @@ static size_t test_device_bytes;   // that the CPU's dev_malloc has asked for
 #include "dev/test/test_options.h"     // OPTIONS_TESTS
 #include "dev/test/test_reference.h"   // REFERENCE_TESTS
 #include "dev/test/test_run.h"         // RUN_TESTS
+#include "dev/test/test_shards.h"      // SHARD_TESTS
+#include "dev/test/test_tokenizer.h"   // TOKENIZER_TESTS
 
 static const Test tests[] = {
   OPS_TESTS,
   MODEL_TESTS,
   REFERENCE_TESTS,
   DATA_TESTS,
+  SHARD_TESTS,
+  TOKENIZER_TESTS,
   FILES_TESTS,
   OPTIONS_TESTS,
   RUN_TESTS,

@@ -68,7 +68,8 @@ UNUSED static void evaluation_open(Evaluation *e, const Options *o, Model *m, co
     e->prompt_memory = (int *)xcalloc((size_t)EVAL_SEQUENCES * 2 * (size_t)e->width, sizeof(int));
     session_open(&e->session, m, EVAL_SEQUENCES, m->c.max_seq < e->width ? m->c.max_seq : e->width, EVAL_SEQUENCES, codes_only);
   } else if (pattern[0]) {
-    loader_open_shards(&e->loader, pattern, m->c.vocab, tok ? tok->eos_id : -1, (uint64_t)o->seed, 0);
+    loader_open_shards(&e->loader, pattern, m->c.vocab, -1, (uint64_t)o->seed, 0);
+    if (tok && e->loader.eot < 0) e->loader.eot = tok->eos_id;
     if (tok) loader_check_tokenizer(&e->loader, tok);
     uint64_t there = loader_blocks(&e->loader, m->T) / (uint64_t)m->B;
     e->batches = there < (uint64_t)o->eval_batches ? (int)there : o->eval_batches;

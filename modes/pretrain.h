@@ -62,8 +62,10 @@ static int pretrain_tokenizer_(Tokenizer *tok, const Options *o, const char *fro
     tokenizer_arithmetic(tok);
     return 1;
   } else {
-    const char *slash = strrchr(o->data, '/');
-    snprintf(dir, sizeof dir, "%.*s", slash ? (int)(slash - o->data) : 1, slash ? o->data : ".");
+    // Of several patterns the first one counts.
+    size_t n = strcspn(o->data, ",");
+    while (n > 0 && o->data[n - 1] != '/') n--;
+    snprintf(dir, sizeof dir, "%.*s", n > 1 ? (int)n - 1 : 1, n > 1 ? o->data : n == 1 ? "/" : ".");
   }
   path_join(path, sizeof path, dir, "tokenizer.json");
   if (!is_file(path) && !o->tokenizer[0]) return 0;
@@ -193,7 +195,8 @@ UNUSED static void mode_pretrain(Options *o) {
       arithmetic_from_options(&a, o);
       loader_open_arithmetic(&p.loader, &a, &tok, (uint64_t)o->seed);
     } else {
-      loader_open_shards(&p.loader, o->data, c.vocab, has_tok ? tok.eos_id : -1, (uint64_t)o->seed, 1);
+      loader_open_shards(&p.loader, o->data, c.vocab, -1, (uint64_t)o->seed, 1);
+      if (has_tok && p.loader.eot < 0) p.loader.eot = tok.eos_id;   // the files do not say it: llm.c's
       if (has_tok) loader_check_tokenizer(&p.loader, &tok);
       loader_blocks(&p.loader, o->seq_len);
     }
