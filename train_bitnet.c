@@ -488,6 +488,21 @@ void weight_quantize(BitWeight *w, const float *master, float lambda) {
   if (lambda == 1.0f) ternary_pack_panels(ternary_panels(w), (const int8_t *)w->data, (size_t)w->N, K);
 }
 
+void weight_changes(int64_t *counts, int8_t *codes, const float *master, int rows, int K) {
+  size_t n = (size_t)rows * K;
+  float inverse = 1.0f / ternary_gamma((float)(fold_sum(master, n, 0) / (double)n));
+  int64_t zeros = 0, changed = 0;
+#pragma omp parallel for schedule(static) reduction(+ : zeros, changed)
+  for (size_t i = 0; i < n; i++) {
+    int8_t code = (int8_t)ternary_code(master[i], inverse);
+    zeros += code == 0;
+    changed += code != codes[i];
+    codes[i] = code;
+  }
+  counts[0] = zeros;
+  counts[1] = changed;
+}
+
 void bitweight_codes(int8_t *codes, const BitWeight *w) {
   memcpy(codes, w->data, (size_t)w->N * w->K);
 }

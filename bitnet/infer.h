@@ -170,6 +170,7 @@ UNUSED static int sample_token(const Sampler *s, const float *logits, int V, uin
 typedef struct {
   const int *ids;       // the prompt
   int n_ids;            // at least 1
+  int cached;           // the first so many are in sequence i's cache already (i: the prompt's index); fewer than n_ids
   uint64_t number;      // numbers the random draws
   int *out;             // [max_new] the new tokens, without the end token
   int n_out;            // how many
@@ -193,6 +194,7 @@ UNUSED static void generate(Session *s, const Sampler *sampler, Prompt *prompts,
     if (prompts[i].n_ids < 1) die(EXIT_USAGE, "an empty prompt: there is no token to continue from");
     if (prompts[i].n_ids > s->capacity) die(EXIT_USAGE, "the prompt has %d tokens, the context only %d", prompts[i].n_ids, s->capacity);
     prompts[i].n_out = prompts[i].ended = 0;
+    at[i] = prompts[i].cached;
   }
   for (int started = 0;;) {
     // Rows of this pass: whole prompts as long as they last, then one row for each unfinished sequence.

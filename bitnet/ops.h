@@ -127,6 +127,9 @@ size_t bitweight_bytes(int N, int K);
 void weight_quantize(BitWeight *w, const float *master, float lambda);
 // codes (=) [N,K] int8 in {-1,0,1}, device memory, of a BitWeight at lambda = 1: for export, statistics and tests
 void bitweight_codes(int8_t *codes, const BitWeight *w);
+// How training moves the codes: codes [rows,K] (int8, device memory) hold those of an earlier moment and become (=) those of
+// one logical matrix now. counts (=) [2], device memory: zeros now, codes that changed.
+void weight_changes(int64_t *counts, int8_t *codes, const float *master, int rows, int K);
 // out (=) [R,N] = x w' + bias + residual;  residual [R,N] or NULL; it must not be out
 void bitlinear_forward(floatX *out, const QAct *x, const BitWeight *w, const floatX *residual, int R);
 // Straight-through: dx (=) [R,K] = dout w_eff, dw (+=) [N,K] = dout' x_eff, dbias (+=) [N] or NULL

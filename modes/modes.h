@@ -13,7 +13,9 @@ Defines:     run_mode.
 #include "eval.h"
 #include "generate.h"
 #include "logits.h"
+#include "perplexity.h"
 #include "pretrain.h"
+#include "tokenize.h"
 
 // The first is the default. Columns: name, arguments, what it does, groups of options, takes a preset, takes a directory
 // (2: may be left out), function.
@@ -24,6 +26,8 @@ static const Mode modes[] = {
     {"generate", "DIR prompt=TEXT", "continue a text; the text alone goes to stdout", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_generate},
     {"eval", "DIR [data=GLOB]", "loss and exact match on held-out data, at lambda = 1", GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_INFERENCE, 0, 1, mode_eval},
     {"logits", "DIR ids=\"1 2 3\"", "one line per position with all logits, for checking against a reference", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_logits},
+    {"perplexity", "DIR file=TEXT | data=GLOB", "how well a model predicts a text, per token and per byte", GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_perplexity},
+    {"tokenize", "DIR", "text on stdin, token ids on stdout, line by line; decode=1: the other way", GROUP_INFERENCE, 0, 1, mode_tokenize},
     {"bench", "[peaks|products|train|ops]", "what the machine can do, and how much of it we use", GROUP_SHARED, 0, 2, mode_bench}};
 
 // Everything main does. Returns the exit code.
