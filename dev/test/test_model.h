@@ -507,7 +507,7 @@ static void test_generate(void) {
       Session s;
       tokens_seen_ = 0;
       for (int i = 0; i < N; i++) {
-        Prompt p = {ids[i], lengths[i], (uint64_t)(100 + i), out[way][i], -1, -1};
+        Prompt p = {ids[i], lengths[i], 0, (uint64_t)(100 + i), out[way][i], -1, -1};
         prompts[way][i] = p;
       }
       session_open(&s, &m, way == 2 ? 1 : N, 90, way == 0 ? 128 : way == 1 ? 8 : 70, 1);
@@ -537,7 +537,7 @@ static void test_generate(void) {
   // Greedy decoding is the argmax of training's forward pass over prompt and answer.
   Model trained;
   Batch b;
-  Prompt p = {ids[3], 7, 0, out[0][0], 0, 0};
+  Prompt p = {ids[3], 7, 0, 0, out[0][0], 0, 0};
   Session s;
   session_open(&s, &m, 1, 90, 70, 1);
   generate(&s, &samplers[0], &p, 1, MAX_NEW, -1, c.vocab, NULL, NULL);
