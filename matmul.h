@@ -907,14 +907,13 @@ static double peak_loop_f32(size_t steps, float *sink) {
   x += *sink;
   y += *sink;
 #pragma GCC unroll 16
-  for (int i = 0; i < MR; i++) acc[i][0] = acc[i][1] = x;
+  for (int i = 0; i < MR; i++) acc[i][0] = acc[i][1] = x + (float)i;
   for (size_t s = 0; s < steps; s++) {
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++) {
-      acc[i][0] += x * y;
-      acc[i][1] += x * y;
+      acc[i][0] = acc[i][0] * y + x;
+      acc[i][1] = acc[i][1] * x + y;
     }
-    __asm__ volatile("" : "+x"(x), "+x"(y));   // the products may not be computed once for all
   }
   for (int i = 0; i < MR; i++) *sink += (acc[i][0] + acc[i][1])[0];
   return 2.0 * (double)steps * MR * 2 * VL;

@@ -310,9 +310,10 @@ static void training_layout_(Arena *a, Model *m, int codes_only) {
   m->norm2 = (double *)take_(a, sizeof(double));
 }
 
-// The classifier's rows at a time: about 16 MiB of logits, so that B x T x V never exists at once. A multiple of 64 rows.
+// The classifier's rows at a time: about 128 MiB of logits, so that B x T x V of a large batch never exists at once, yet enough rows that
+// packing the classifier for each chunk does not show. A multiple of 64.
 static int head_rows_(const Config *c, int R) {
-  size_t rows = ((size_t)16 << 20) / ((size_t)c->vocab * sizeof(floatX)) / 64 * 64;
+  size_t rows = ((size_t)128 << 20) / ((size_t)c->vocab * sizeof(floatX)) / 64 * 64;
   if (rows < 64) rows = 64;
   return rows < (size_t)R ? (int)rows : R;
 }

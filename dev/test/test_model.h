@@ -487,6 +487,17 @@ static void count_token_(void *ctx, int prompt, int token) {
   CHECK(prompts[prompt].out[prompts[prompt].n_out - 1] == token, "on_token came before its token");
 }
 
+static Prompt new_prompt_(const int *ids, int n, uint64_t number, int *out) {
+  Prompt p;
+  memset(&p, 0, sizeof p);
+  p.ids = ids;
+  p.n_ids = n;
+  p.number = number;
+  p.out = out;
+  p.n_out = p.ended = -1;   // generate starts from its own
+  return p;
+}
+
 // Prompts of different lengths continued together, in small pieces, and one at a time: the same tokens.
 static void test_generate(void) {
   enum { N = 5, MAX_NEW = 40, LONGEST = 61 };
@@ -507,8 +518,7 @@ static void test_generate(void) {
       Session s;
       tokens_seen_ = 0;
       for (int i = 0; i < N; i++) {
-        Prompt p = {ids[i], lengths[i], 0, (uint64_t)(100 + i), out[way][i], -1, -1};
-        prompts[way][i] = p;
+        prompts[way][i] = new_prompt_(ids[i], lengths[i], (uint64_t)(100 + i), out[way][i]);
       }
       session_open(&s, &m, way == 2 ? 1 : N, 90, way == 0 ? 128 : way == 1 ? 8 : 70, 1);
       int at_once = way == 2 ? 1 : N;
@@ -537,7 +547,7 @@ static void test_generate(void) {
   // Greedy decoding is the argmax of training's forward pass over prompt and answer.
   Model trained;
   Batch b;
-  Prompt p = {ids[3], 7, 0, 0, out[0][0], 0, 0};
+  Prompt p = new_prompt_(ids[3], 7, 0, out[0][0]);
   Session s;
   session_open(&s, &m, 1, 90, 70, 1);
   generate(&s, &samplers[0], &p, 1, MAX_NEW, -1, c.vocab, NULL, NULL);
@@ -552,6 +562,19 @@ static void test_generate(void) {
     int best = 0;
     for (int v = 1; v < c.vocab; v++) best = z[v] > z[best] ? v : best;
     CHECK(p.out[t] == best, "new token %d is %d, the most likely one is %d", t, p.out[t], best);
+  }
+
+  // The next turn of a chat: all that was in the cache, a part of it, or nothing need not be fed again.
+  int turn[7 + MAX_NEW + 3], answers[3][MAX_NEW];
+  static const int cached[3] = {6 + MAX_NEW, 11, 0};   // the newest token of an answer is not in the cache
+  memcpy(turn, b.tokens, (7 + MAX_NEW) * sizeof(int));
+  memcpy(turn + 7 + MAX_NEW, ids[1], 3 * sizeof(int));
+  for (int i = 0; i < 3; i++) {
+    Prompt next = new_prompt_(turn, 7 + MAX_NEW + 3, 0, answers[i]);
+    next.cached = cached[i];
+    generate(&s, &samplers[0], &next, 1, MAX_NEW, -1, c.vocab, NULL, NULL);
+    int same = next.n_out == MAX_NEW && same_bits_(answers[i], answers[0], sizeof answers[0]);
+    CHECK(same, "with %d tokens in the cache another answer, of %d tokens", cached[i], next.n_out);
   }
 
   // Nothing asked for, nothing done.
