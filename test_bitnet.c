@@ -20,7 +20,7 @@ the real function is called; the system's headers must have been read before.
 #include <glob.h>
 #include <sys/mman.h>
 static long test_allocations;      // calls that may ask for memory
-static size_t test_device_bytes;   // that the CPU's dev_malloc has asked for
+UNUSED static size_t test_device_bytes;   // that the CPU's dev_malloc has asked for
 #define malloc(n) (test_allocations++, malloc(n))
 #define calloc(n, size) (test_allocations++, calloc(n, size))
 #define realloc(p, n) (test_allocations++, realloc(p, n))

@@ -382,10 +382,12 @@ static void test_no_allocation(void) {
       batch_free(&b);
     }
   }
-  long before = test_allocations;   // the counter counts
+#ifdef BITNET_MATMUL_H
+  long before = test_allocations;   // the counter counts (on the CPU, where device memory is host memory)
   free(xmalloc(1));
   dev_free(dev_malloc(1));
   CHECK(test_allocations > before, "test_allocations does not count");
+#endif
   end_test_();
 }
 

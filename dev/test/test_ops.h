@@ -726,10 +726,16 @@ static void test_packed_vs_fake(void) {
     size_t end = strlen(name);
     strcpy(name + end, "y");
     CHECK_CLOSE(name, read_acts_(y, (size_t)R * N), want_y, (size_t)R * N, 1e-6);
+    // The CPU multiplies the scales into dy before it is rounded to bf16, as above; another backend may do it after.
+#ifdef BITNET_MATMUL_H
+    double bound = 1e-6;
+#else
+    double bound = precision == PRECISION_BF16 ? 6e-3 : 1e-6;
+#endif
     strcpy(name + end, "dx");
-    CHECK_CLOSE(name, read_acts_(dx, (size_t)R * K), want_dx, (size_t)R * K, 1e-6);
+    CHECK_CLOSE(name, read_acts_(dx, (size_t)R * K), want_dx, (size_t)R * K, bound);
     strcpy(name + end, "dw");
-    CHECK_CLOSE(name, read_floats_(dw, (size_t)N * K), want_dw, (size_t)N * K, 1e-6);
+    CHECK_CLOSE(name, read_floats_(dw, (size_t)N * K), want_dw, (size_t)N * K, bound);
     strcpy(name + end, "dbias");
     CHECK_CLOSE(name, read_floats_(db, N), want_db, N, 1e-6);
   }
