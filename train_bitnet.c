@@ -54,16 +54,28 @@ static int physical_cores(void) {
   return cores > 0 ? cores : 1;
 }
 
+// The CPUs that a container may use, rounded up; 0 where nothing limits them.
+static int container_cpus(void) {
+  double quota = 0, period = 0;
+  FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");
+  if (f == NULL) return 0;
+  int n = fscanf(f, "%lf %lf", &quota, &period);   // "max 100000" without a limit
+  fclose(f);
+  return n == 2 && period > 0 ? (int)ceil(quota / period) : 0;
+}
+
 int dev_init(int threads) {
 #ifdef _OPENMP
   if (threads <= 0) {
-    int cores = physical_cores(), allowed = omp_get_num_procs();
+    int cores = physical_cores(), allowed = omp_get_num_procs(), quota = container_cpus();
     threads = cores < allowed ? cores : allowed;
+    if (quota > 0 && quota < threads) threads = quota;
     if (getenv("OMP_NUM_THREADS")) threads = omp_get_max_threads();
   }
   omp_set_num_threads(threads);
 #else
   (void)physical_cores;
+  (void)container_cpus;
   (void)threads;
 #endif
   return thread_count();
