@@ -905,7 +905,7 @@ What the machine can do: the innermost instruction of each kernel in a loop that
 static double peak_loop_f32(size_t steps, float *sink) {
   vfloat acc[MR][2], x = {0}, y = {0};
   x += *sink;
-  y += *sink;
+  y += *sink + 0.5f;
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++) acc[i][0] = acc[i][1] = x + (float)i;
   for (size_t s = 0; s < steps; s++) {

@@ -807,6 +807,7 @@ static void test_attention(void) {
   float *qkv = normals_((size_t)B * T * QKV, 0, 1.5);
   float *want = host_floats_((size_t)B * T * NH * HS), *want_lse = host_floats_((size_t)B * T * NH);
   int *start = (int *)host_memory_(B * T * sizeof(int)), *pos = (int *)host_memory_(B * T * sizeof(int));
+  reserve_scratch_();
   random_documents_(start + T, pos + T, 1, T);   // the first row of the batch is one document
   floatX *out = dev_acts_(NULL, (size_t)B * T * NH * HS);
   float *lse = dev_floats_(NULL, (size_t)B * T * NH);
