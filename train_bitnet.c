@@ -212,7 +212,8 @@ void ops_set_scratch(void *scratch, size_t bytes) {
 }
 
 static float *scratch_floats(size_t n) {
-  if (n * sizeof(float) > scratch_.bytes) die(EXIT_FAILED, "bug: an op needs %zu bytes of scratch, %zu reserved", n * sizeof(float), scratch_.bytes);
+  if (n * sizeof(float) > scratch_.bytes)
+    die(EXIT_FAILED, "bug: an op needs %zu bytes of scratch, %zu reserved", n * sizeof(float), scratch_.bytes);
   return (float *)scratch_.data;
 }
 
@@ -395,7 +396,8 @@ static void rmsnorm_backward_row(float *RESTRICT dx, float *RESTRICT dgain, cons
   }
 }
 
-void rmsnorm_backward(floatX *dx, float *dgain, const floatX *dout, const floatX *x, const float *gain, const float *rstd, int R, int C) {
+void rmsnorm_backward(floatX *dx, float *dgain, const floatX *dout, const floatX *x, const float *gain, const float *rstd, int R,
+                      int C) {
   int chunks = (R + ROWS_PER_CHUNK - 1) / ROWS_PER_CHUNK;
   float *partial = scratch_floats((size_t)chunks * C);
 #pragma omp parallel for schedule(static)
@@ -554,7 +556,8 @@ void bitlinear_forward(floatX *out, const QAct *x, const BitWeight *w, const flo
     gemm(&g, scratch_floats(gemm_scratch_bytes() / sizeof(float)));
 #pragma omp parallel for schedule(static)
     for (size_t r = 0; r < (size_t)R; r++) {
-      for (size_t n = 0; n < N; n++) out[r * N + n] = out[r * N + n] * w->gamma[n] + (w->bias ? w->bias[n] : 0.0f) + (residual ? residual[r * N + n] : 0.0f);
+      for (size_t n = 0; n < N; n++)
+        out[r * N + n] = out[r * N + n] * w->gamma[n] + (w->bias ? w->bias[n] : 0.0f) + (residual ? residual[r * N + n] : 0.0f);
     }
   } else {
     g.bias = w->bias;
@@ -681,7 +684,8 @@ counted from the document's first token; each is transposed once, so that a prod
 all queries of the document that may see it. The bits of a query's result depend only on its own document up to itself, and cached decoding
 below takes the same steps.
 */
-static void attend_head(floatX *out, float *lse, const floatX *q, const floatX *k, const floatX *v, const int *start, float *sums, int T, int NH, int QKV, int HS) {
+static void attend_head(floatX *out, float *lse, const floatX *q, const floatX *k, const floatX *v, const int *start, float *sums,
+                        int T, int NH, int QKV, int HS) {
   float kt[KEYS * HEAD_MAX], p[QUERIES * KEYS];
   size_t width = (size_t)NH * HS;
   for (int t = 0; t < T; t++) {
@@ -699,9 +703,11 @@ static void attend_head(floatX *out, float *lse, const floatX *q, const floatX *
         small_product(p, KEYS, 0, q + (size_t)t0 * QKV, (size_t)QKV, 1, kt, KEYS, (size_t)m, KEYS, (size_t)HS);
         for (int i = 0; i < m; i++) {
           int t = t0 + i;
-          softmax_block(p + i * KEYS, &lse[(size_t)t * NH], &sums[t], out + (size_t)t * width, t - j0 + 1 < KEYS ? t - j0 + 1 : KEYS, HS);
+          softmax_block(p + i * KEYS, &lse[(size_t)t * NH], &sums[t], out + (size_t)t * width, t - j0 + 1 < KEYS ? t - j0 + 1 : KEYS,
+                        HS);
         }
-        small_product(out + (size_t)t0 * width, width, 1, p, KEYS, 1, v + (size_t)j0 * QKV, (size_t)QKV, (size_t)m, (size_t)HS, (size_t)seen);
+        small_product(out + (size_t)t0 * width, width, 1, p, KEYS, 1, v + (size_t)j0 * QKV, (size_t)QKV, (size_t)m, (size_t)HS,
+                      (size_t)seen);
       }
     }
     first = end;
@@ -740,8 +746,9 @@ writes its dk and dv.
 
 One query head against the keys from j0 on, n of them, of a document that ends at `end`; kt, vt: these keys and values transposed.
 */
-static void attend_backward_block(float *dq, float *dk, float *dv, const float *dout, const float *out, const float *lse, const float *q, const float *k,
-                                  const float *kt, const float *vt, int j0, int n, int end, int NH, int QKV, int HS) {
+static void attend_backward_block(float *dq, float *dk, float *dv, const float *dout, const float *out, const float *lse,
+                                  const float *q, const float *k, const float *kt, const float *vt, int j0, int n, int end, int NH,
+                                  int QKV, int HS) {
   float p[QUERIES * KEYS], ds[QUERIES * KEYS], scale = 1.0f / sqrtf((float)HS);
   size_t width = (size_t)NH * HS, stride = (size_t)QKV;
   for (int t0 = j0; t0 < end; t0 += QUERIES) {
@@ -784,8 +791,8 @@ void attention_backward(floatX *dqkv, const floatX *dout, const floatX *out, con
           transpose_block(vt, x + v_col + (size_t)j0 * QKV, (size_t)QKV, n, HS);
           for (int h = kvh * group; h < (kvh + 1) * group; h++) {
             size_t head = (row * NH + h) * HS;
-            attend_backward_block(dx + (size_t)h * HS, dx + k_col, dx + v_col, dout + head, out + head, lse + row * NH + h, x + (size_t)h * HS, k,
-                                  kt, vt, j0, n, end, NH, QKV, HS);
+            attend_backward_block(dx + (size_t)h * HS, dx + k_col, dx + v_col, dout + head, out + head, lse + row * NH + h,
+                                  x + (size_t)h * HS, k, kt, vt, j0, n, end, NH, QKV, HS);
           }
         }
         first = end;
@@ -819,7 +826,8 @@ void attention_cached(floatX *out, floatX *kcache, floatX *vcache, const floatX 
       for (int i = 0; i < HS; i++) o[i] = 0;
       for (int j0 = 0; j0 <= pos[r]; j0 += KEYS) {
         int n = pos[r] - j0 + 1 < KEYS ? pos[r] - j0 + 1 : KEYS;
-        small_product(p, KEYS, 0, qkv + (size_t)r * QKV + (size_t)h * HS, 0, 1, kcache + base + (size_t)j0 * HS, KEYS, 1, KEYS, (size_t)HS);
+        small_product(p, KEYS, 0, qkv + (size_t)r * QKV + (size_t)h * HS, 0, 1, kcache + base + (size_t)j0 * HS, KEYS, 1, KEYS,
+                      (size_t)HS);
         softmax_block(p, &top, &sum, o, n, HS);
         small_product(o, 0, 1, p, 0, 1, vcache + base + (size_t)j0 * HS, (size_t)HS, 1, (size_t)HS, (size_t)n);
       }

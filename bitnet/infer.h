@@ -49,7 +49,8 @@ static void session_layout_(Arena *a, Session *s, int codes_only) {
 
 // Room for `sequences` caches of `capacity` positions and max_rows rows a call. codes_only: the model stays at lambda = 1.
 UNUSED static void session_open(Session *s, Model *m, int sequences, int capacity, int max_rows, int codes_only) {
-  if (capacity > m->c.max_seq) die(EXIT_USAGE, "a context of %d positions is longer than the model's max_seq=%d", capacity, m->c.max_seq);
+  if (capacity > m->c.max_seq)
+    die(EXIT_USAGE, "a context of %d positions is longer than the model's max_seq=%d", capacity, m->c.max_seq);
   memset(s, 0, sizeof *s);
   s->m = m;
   s->sequences = sequences;

@@ -57,8 +57,10 @@ UNUSED static const char *config_check(const Config *c) {
   if (c->heads % c->kv_heads != 0) snprintf(why, sizeof why, "heads=%d is not a multiple of kv_heads=%d", c->heads, c->kv_heads);
   else if (c->head_dim % 2 != 0) snprintf(why, sizeof why, "head_dim=%d is odd; RoPE rotates pairs", c->head_dim);
   else if (c->head_dim > HEAD_MAX) snprintf(why, sizeof why, "head_dim=%d: expected at most %d", c->head_dim, HEAD_MAX);
-  else if (c->act_bits != 0 && c->act_bits != 4 && c->act_bits != 8) snprintf(why, sizeof why, "act_bits=%d: expected 8, 4 or 0", c->act_bits);
-  else if ((long)c->heads * c->head_dim > 1 << 24) snprintf(why, sizeof why, "heads=%d x head_dim=%d is too wide", c->heads, c->head_dim);
+  else if (c->act_bits != 0 && c->act_bits != 4 && c->act_bits != 8)
+    snprintf(why, sizeof why, "act_bits=%d: expected 8, 4 or 0", c->act_bits);
+  else if ((long)c->heads * c->head_dim > 1 << 24)
+    snprintf(why, sizeof why, "heads=%d x head_dim=%d is too wide", c->heads, c->head_dim);
   else if (!(c->norm_eps > 0) || !(c->rope_theta > 0)) snprintf(why, sizeof why, "norm_eps and rope_theta must be positive");
   return why[0] ? why : NULL;
 }
@@ -287,7 +289,8 @@ static void weights_layout_(Arena *a, LayerWeights *w, const Config *c) {
 // The buffers of training that are not one layer's own.
 static void training_layout_(Arena *a, Model *m, int codes_only) {
   const Config *c = &m->c;
-  size_t R = (size_t)m->R, C = (size_t)c->dim, Q = (size_t)c->heads * (size_t)c->head_dim, F = (size_t)c->ffn_dim, QKV = (size_t)config_qkv(c);
+  size_t R = (size_t)m->R, C = (size_t)c->dim, Q = (size_t)c->heads * (size_t)c->head_dim, F = (size_t)c->ffn_dim,
+         QKV = (size_t)config_qkv(c);
   size_t widest = C > Q ? C : Q, wide = QKV > 2 * F ? QKV : 2 * F, row = R * C * sizeof(floatX);
   if (F > widest) widest = F;
   for (int l = 0; l <= c->layers; l++) m->residual[l] = (floatX *)take_(a, row);
@@ -378,7 +381,8 @@ UNUSED static Memory model_memory(const Config *c, int B, int T, int recompute, 
 
 static void *device_memory_(size_t bytes, const char *what) {
   void *p = dev_malloc(bytes);
-  if (p == NULL) die(EXIT_FAILED, "out of memory: %.1f MB for %s; a smaller batch_size or recompute=1 needs less", (double)bytes / 1e6, what);
+  if (p == NULL)
+    die(EXIT_FAILED, "out of memory: %.1f MB for %s; a smaller batch_size or recompute=1 needs less", (double)bytes / 1e6, what);
   return p;
 }
 
@@ -579,7 +583,8 @@ UNUSED static void layer_backward(Model *m, int l, const LayerActs *a, const flo
   }
   attention_backward(m->dwide, datt, a->att, a->lse, a->qkv, ctx->start, ctx->B, ctx->T, NH, NKV, HS);
   rope_apply(m->dwide, ctx->pos, m->cossin, R, NH, NKV, HS, -1);
-  if (c->qk_norm) headnorm_backward(m->dwide, g + s->q_norm, g + s->k_norm, a->qkv_raw, p + s->q_norm, p + s->k_norm, a->rstd_qk, R, NH, NKV, HS);
+  if (c->qk_norm)
+    headnorm_backward(m->dwide, g + s->q_norm, g + s->k_norm, a->qkv_raw, p + s->q_norm, p + s->k_norm, a->rstd_qk, R, NH, NKV, HS);
   bitlinear_backward(m->dh, g + s->qkv, slot_(g, s->qkv_bias), m->dwide, &a->h1, &w->qkv, R);
   rmsnorm_backward(m->dres, g + s->norm1, m->dh, x, p + s->norm1, a->rstd1, R, C);
 }
@@ -613,7 +618,8 @@ UNUSED static void model_backward(Model *m) {
   Context ctx = training_context_(m);
   int L = m->c.layers;
   dev_zero(m->dres, (size_t)m->R * (size_t)m->c.dim * sizeof(floatX));
-  rmsnorm_backward(m->dres, m->grads + m->table.final_norm, m->dfinal, m->residual[L], m->params + m->table.final_norm, m->rstd_final, m->R, m->c.dim);
+  rmsnorm_backward(m->dres, m->grads + m->table.final_norm, m->dfinal, m->residual[L], m->params + m->table.final_norm, m->rstd_final,
+                   m->R, m->c.dim);
   for (int l = L - 1; l >= 0; l--) {
     LayerActs *a = &m->acts[m->recompute ? 0 : l];
     if (m->recompute) layer_forward(m, l, a, m->dfinal, m->residual[l], &ctx);

@@ -123,8 +123,8 @@ static void run_manifest_(const Trainer *t, const char *status) {
   time_strings_(stamp, sizeof stamp, iso, sizeof iso);
   const char *dirty = strstr(BITNET_COMMIT, "-dirty");
   strbuf_printf(&b, "{\n\"status\": \"%s\",\n\"updated\": \"%s\",\n\"step\": %lld,\n", status, iso, (long long)t->state.step);
-  strbuf_printf(&b, "\"git_commit\": \"%.*s\",\n\"git_dirty\": %s,\n", (int)(dirty ? (size_t)(dirty - BITNET_COMMIT) : strlen(BITNET_COMMIT)),
-                BITNET_COMMIT, dirty ? "true" : "false");
+  strbuf_printf(&b, "\"git_commit\": \"%.*s\",\n\"git_dirty\": %s,\n",
+                (int)(dirty ? (size_t)(dirty - BITNET_COMMIT) : strlen(BITNET_COMMIT)), BITNET_COMMIT, dirty ? "true" : "false");
   strbuf_printf(&b, "\"device\": \"%s\",\n\"parameters\": %zu,\n", dev_name(), tensor_table_params(&t->m->table));
   strbuf_printf(&b, "\"fingerprint\": \"%016llx\",\n", (unsigned long long)options_fingerprint(t->o));
   int64_t at = t->state.step > 0 ? t->state.step - 1 : 0;
@@ -169,7 +169,8 @@ static void run_create_(Trainer *t) {
   path_join(link, sizeof link, o->run_dir, "latest");
   path_join(fresh, sizeof fresh, o->run_dir, ".latest.tmp");
   unlink(fresh);
-  if (symlink(leaf, fresh) != 0 || rename(fresh, link) != 0) fprintf(stderr, "note: could not point %s at the run: %s\n", link, strerror(errno));
+  if (symlink(leaf, fresh) != 0 || rename(fresh, link) != 0)
+    fprintf(stderr, "note: could not point %s at the run: %s\n", link, strerror(errno));
 }
 
 /*
@@ -223,7 +224,8 @@ UNUSED static Schedule schedule_from_options(const Options *o) {
   s.wd = o->weight_decay;
   s.wd_off_at = o->wd_off_at;
   if (o->lr_schedule == LR_WSD && (double)s.warmup + s.decay_ratio * (double)s.steps > (double)s.steps)
-    die(EXIT_USAGE, "wsd: warmup_steps=%d and a decay of %.0f steps do not fit into steps=%d", o->warmup_steps, s.decay_ratio * o->steps, o->steps);
+    die(EXIT_USAGE, "wsd: warmup_steps=%d and a decay of %.0f steps do not fit into steps=%d", o->warmup_steps,
+        s.decay_ratio * o->steps, o->steps);
   return s;
 }
 
@@ -333,7 +335,8 @@ static StepReport train_step_(Trainer *t) {
   r.skipped = !isfinite(r.loss) || !isfinite(r.grad_norm);
   if (!r.skipped) {
     t->state.updates++;
-    adamw_step(m, (float)clip_scale(r.grad_norm, o->grad_clip), r.lr, wd_at(&t->schedule, step), o->beta1, o->beta2, o->eps, t->state.updates);
+    adamw_step(m, (float)clip_scale(r.grad_norm, o->grad_clip), r.lr, wd_at(&t->schedule, step), o->beta1, o->beta2, o->eps,
+               t->state.updates);
   }
   t->state.step++;
   alloc_guard = 0;
@@ -402,9 +405,10 @@ static void show_progress_(Trainer *t, const StepReport *r) {
   t->window_steps++;
   double per_step = (time_now() - t->window_began) / (double)t->window_steps;
   put_duration_(eta, sizeof eta, per_step * (double)(t->o->steps - t->state.step));
-  fprintf(stderr, "%sstep %*lld/%d  loss %8.4f  lambda %.3f  lr %.2e  norm %7.3f  %6.0f ms  %7.0f tok/s  ETA %-8s%s%s%s", tty ? "\r" : "",
-          snprintf(NULL, 0, "%d", t->o->steps), (long long)t->state.step, t->o->steps, r->loss, r->lambda, r->lr, r->grad_norm, r->seconds * 1e3,
-          (double)r->tokens / r->seconds, eta, curve, r->skipped ? "  SKIPPED: not finite" : "", tty ? "" : "\n");
+  fprintf(stderr, "%sstep %*lld/%d  loss %8.4f  lambda %.3f  lr %.2e  norm %7.3f  %6.0f ms  %7.0f tok/s  ETA %-8s%s%s%s",
+          tty ? "\r" : "", snprintf(NULL, 0, "%d", t->o->steps), (long long)t->state.step, t->o->steps, r->loss, r->lambda, r->lr,
+          r->grad_norm, r->seconds * 1e3, (double)r->tokens / r->seconds, eta, curve, r->skipped ? "  SKIPPED: not finite" : "",
+          tty ? "" : "\n");
   t->line_open = tty;
   if (t->window_steps >= 50) {   // the ETA follows the last steps, not the whole run
     t->window_began = time_now();
@@ -508,8 +512,10 @@ UNUSED static void trainer_train(Trainer *t) {
     if (t->skips >= o->max_skips) {
       end_line_(t);
       run_manifest_(t, "failed");
-      die(EXIT_FAILED, "step %lld: %d updates in a row were not finite (loss %g, gradient norm %g, lr %g); a lower lr or smaller grad_clip "
-          "usually helps; the last checkpoint is intact in %s", (long long)step, t->skips, r.loss, r.grad_norm, r.lr, t->run);
+      die(EXIT_FAILED,
+          "step %lld: %d updates in a row were not finite (loss %g, gradient norm %g, lr %g); a lower lr or smaller grad_clip "
+          "usually helps; the last checkpoint is intact in %s",
+          (long long)step, t->skips, r.loss, r.grad_norm, r.lr, t->run);
     }
     if (due_(o->eval_every, step)) {
       evaluate_and_log_(t);

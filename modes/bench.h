@@ -150,14 +150,49 @@ static void bench_train_(const char *only) {
 // One step taken apart: each op of a block on the buffers of the model, times the number of blocks.
 
 enum {
-  OP_QUANTIZE, OP_NORM, OP_QKV, OP_ROPE, OP_ATTENTION, OP_O, OP_GATE_UP, OP_GLU, OP_DOWN, OP_HEAD, OP_QKV_BACK, OP_ATTENTION_BACK, OP_O_BACK,
-  OP_GATE_UP_BACK, OP_GLU_BACK, OP_DOWN_BACK, OP_NORM_BACK, OP_HEAD_BACK, OP_EMBEDDING, OP_UPDATE, OP_COUNT
+  OP_QUANTIZE,
+  OP_NORM,
+  OP_QKV,
+  OP_ROPE,
+  OP_ATTENTION,
+  OP_O,
+  OP_GATE_UP,
+  OP_GLU,
+  OP_DOWN,
+  OP_HEAD,
+  OP_QKV_BACK,
+  OP_ATTENTION_BACK,
+  OP_O_BACK,
+  OP_GATE_UP_BACK,
+  OP_GLU_BACK,
+  OP_DOWN_BACK,
+  OP_NORM_BACK,
+  OP_HEAD_BACK,
+  OP_EMBEDDING,
+  OP_UPDATE,
+  OP_COUNT
 };
 
-static const char *const bench_op_names[OP_COUNT] = {
-    "weight_quantize", "rmsnorm_quant x2", "qkv", "rope", "attention", "o", "gate_up", "glu_quant", "down", "classifier + loss", "qkv backward",
-    "attention backward", "o backward", "gate_up backward", "glu backward", "down backward", "rmsnorm backward x3", "classifier backward", "embedding",
-    "norm + adamw"};
+static const char *const bench_op_names[OP_COUNT] = {"weight_quantize",
+                                                     "rmsnorm_quant x2",
+                                                     "qkv",
+                                                     "rope",
+                                                     "attention",
+                                                     "o",
+                                                     "gate_up",
+                                                     "glu_quant",
+                                                     "down",
+                                                     "classifier + loss",
+                                                     "qkv backward",
+                                                     "attention backward",
+                                                     "o backward",
+                                                     "gate_up backward",
+                                                     "glu backward",
+                                                     "down backward",
+                                                     "rmsnorm backward x3",
+                                                     "classifier backward",
+                                                     "embedding",
+                                                     "norm + adamw"};
 
 static void bench_op_(Bench *x, int op) {
   Model *m = &x->m;
@@ -233,7 +268,9 @@ static void bench_ops_(const char *only) {
     }
     for (int op = 0; op < OP_COUNT; op++) {
       double times[BENCH_RUNS];
-      double each = op == OP_EMBEDDING || op == OP_UPDATE ? 1 : op == OP_HEAD || op == OP_HEAD_BACK ? (double)x.m.R / x.m.head_rows : b->layers;
+      double each = op == OP_EMBEDDING || op == OP_UPDATE ? 1
+                    : op == OP_HEAD || op == OP_HEAD_BACK ? (double)x.m.R / x.m.head_rows
+                                                          : b->layers;
       for (int k = -1; k < BENCH_RUNS; k++) {
         double t0 = time_now();
         bench_op_(&x, op);

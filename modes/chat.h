@@ -69,7 +69,11 @@ static void put_turn_mark_(Ids *x, const Tokenizer *t, int template_, const char
   } else if (template_ == TEMPLATE_LLAMA3) {
     ids_put_(x, mark_id_(t, "<|eot_id|>"));
   } else if (template_ == TEMPLATE_ALPACA) {
-    if (open) ids_put_text_(x, t, strcmp(role, "user") == 0 ? "### Instruction:\n" : strcmp(role, "assistant") == 0 ? "### Response:\n" : "### System:\n");
+    if (open)
+      ids_put_text_(x, t,
+                    strcmp(role, "user") == 0        ? "### Instruction:\n"
+                    : strcmp(role, "assistant") == 0 ? "### Response:\n"
+                                                     : "### System:\n");
     else ids_put_text_(x, t, "\n\n");
   }
 }
@@ -143,7 +147,8 @@ static void chat_turn_(Chat *c, const char *line) {
     put_turn_mark_(&c->history, t, c->template_, "assistant", 1);
   }
   if (!chat_make_room_(c, 1)) {
-    fprintf(stderr, "that is too long: with the marks of the turn %zu tokens, and the model reads at most %d\n", c->history.n, c->speaker.m.c.max_seq - 1);
+    fprintf(stderr, "that is too long: with the marks of the turn %zu tokens, and the model reads at most %d\n", c->history.n,
+            c->speaker.m.c.max_seq - 1);
     c->history.n = c->turns[--c->n_turns];
     return;
   }
@@ -153,7 +158,8 @@ static void chat_turn_(Chat *c, const char *line) {
   p.cached = (int)c->cached;
   p.number = c->number++;
   p.out = c->out;
-  generate(&c->session, &c->speaker.sampler, &p, 1, c->n_new, template_end_(t, c->template_), t->vocab_size, chat_token_, &c->speaker.tok);
+  generate(&c->session, &c->speaker.sampler, &p, 1, c->n_new, template_end_(t, c->template_), t->vocab_size, chat_token_,
+           &c->speaker.tok);
   fputc('\n', stdout);
   fflush(stdout);
   c->cached = c->history.n;
@@ -172,12 +178,14 @@ UNUSED static void mode_chat(Options *o) {
   int max_seq = c.speaker.m.c.max_seq;
   session_open(&c.session, &c.speaker.m, 1, max_seq, max_seq < 256 ? max_seq : 256, o->lambda == 1 && c.speaker.m.c.act_bits > 0);
   c.template_ = o->chat_template == TEMPLATE_AUTO ? template_of_(&c.speaker.tok) : o->chat_template;
-  if ((o->chat_template == TEMPLATE_CHATML && template_of_(&c.speaker.tok) != TEMPLATE_CHATML) || (o->chat_template == TEMPLATE_LLAMA3 && mark_id_(&c.speaker.tok, "<|eot_id|>") < 0))
+  if ((o->chat_template == TEMPLATE_CHATML && template_of_(&c.speaker.tok) != TEMPLATE_CHATML) ||
+      (o->chat_template == TEMPLATE_LLAMA3 && mark_id_(&c.speaker.tok, "<|eot_id|>") < 0))
     die(EXIT_USAGE, "chat_template: the tokenizer of %s has no tokens for these marks; chat_template=alpaca needs none", o->dir);
   c.n_new = o->n;
   c.out = (int *)xcalloc((size_t)o->n, sizeof(int));
   chat_reset_(&c, o->system);
-  fprintf(stderr, "%zu parameters, context of %d tokens. %s /reset forgets, /quit ends.\n", tensor_table_params(&c.speaker.m.table), max_seq,
+  fprintf(stderr, "%zu parameters, context of %d tokens. %s /reset forgets, /quit ends.\n", tensor_table_params(&c.speaker.m.table),
+          max_seq,
           c.template_ == TEMPLATE_NONE ? "Type a text to continue, for an arithmetic model like 12+34= ;" : "Type a message;");
   for (;;) {
     if (tty) fputs("> ", stderr);

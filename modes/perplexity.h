@@ -78,11 +78,12 @@ UNUSED static void mode_perplexity(Options *o) {
       }
     }
     loss += batch_loss(&s.m, &b, 0, coef, 0);
-    if (isatty(2)) fprintf(stderr, "\r%zu of %zu windows, perplexity %.4f ", next < windows ? next : windows, windows, exp(loss / (double)targets));
+    if (isatty(2))
+      fprintf(stderr, "\r%zu of %zu windows, perplexity %.4f ", next < windows ? next : windows, windows, exp(loss / (double)targets));
   }
   if (isatty(2)) fputc('\n', stderr);
-  printf("tokens %zu bytes %.0f window %d overlap %d loss %.6f perplexity %.4f bits_per_byte %.5f\n", targets, bytes, T, overlap, loss / (double)targets,
-         exp(loss / (double)targets), bytes > 0 ? loss / bytes / 0.6931471805599453 : NAN);
+  printf("tokens %zu bytes %.0f window %d overlap %d loss %.6f perplexity %.4f bits_per_byte %.5f\n", targets, bytes, T, overlap,
+         loss / (double)targets, exp(loss / (double)targets), bytes > 0 ? loss / bytes / 0.6931471805599453 : NAN);
   free(coef);
   free(ids);
   batch_free(&b);

@@ -33,7 +33,8 @@ static void pretrain_sample_(void *ctx, Model *m, StrBuf *out) {
 static void pretrain_describe_(void *ctx, StrBuf *b) {
   const Pretrain *p = (const Pretrain *)ctx;
   if (is_arithmetic(p->o)) {
-    strbuf_printf(b, ",\n\"data\": {\"problems\": %llu, \"heldout_evaluated\": %zu}", (unsigned long long)p->loader.arith.n_problems, p->eval.n_problems);
+    strbuf_printf(b, ",\n\"data\": {\"problems\": %llu, \"heldout_evaluated\": %zu}", (unsigned long long)p->loader.arith.n_problems,
+                  p->eval.n_problems);
     return;
   }
   strbuf_printf(b, ",\n\"data\": [");
@@ -84,10 +85,12 @@ static void pretrain_resolve_(Options *o, const Tokenizer *tok) {
   }
   if (o->seq_len == 0) o->seq_len = 256;
   if (o->vocab == 0) {
-    if (tok == NULL) die(EXIT_USAGE, "no tokenizer.json beside %s; give its directory with tokenizer=DIR, or the size with vocab=N", o->data);
+    if (tok == NULL)
+      die(EXIT_USAGE, "no tokenizer.json beside %s; give its directory with tokenizer=DIR, or the size with vocab=N", o->data);
     o->vocab = tok->vocab_padded;
   }
-  if (tok && o->vocab < tok->vocab_size) die(EXIT_USAGE, "vocab=%d is smaller than the tokenizer's %d tokens", o->vocab, tok->vocab_size);
+  if (tok && o->vocab < tok->vocab_size)
+    die(EXIT_USAGE, "vocab=%d is smaller than the tokenizer's %d tokens", o->vocab, tok->vocab_size);
 }
 
 static void pretrain_put_memory_(FILE *f, const Memory *m) {
@@ -145,7 +148,8 @@ static void pretrain_introduce_(const Pretrain *p, const Model *m, const char *r
     const Arithmetic *a = &p->loader.arith;
     fprintf(stderr, "data    arithmetic: operations %s, operands %d to %d", a->ops, a->min, a->max);
     if (strchr(a->ops, '*')) fprintf(stderr, " (of * 0 to %d)", a->mul_max);
-    fprintf(stderr, "; %llu problems, %.0f%% of them held out, %zu of those evaluated\n", (unsigned long long)a->n_problems, 100 * a->holdout, p->eval.n_problems);
+    fprintf(stderr, "; %llu problems, %.0f%% of them held out, %zu of those evaluated\n", (unsigned long long)a->n_problems,
+            100 * a->holdout, p->eval.n_problems);
   } else {
     fprintf(stderr, "data    %s: %zu files, %.2fM tokens\n", o->data, p->loader.n_shards, (double)p->loader.n_tokens / 1e6);
   }
@@ -176,7 +180,8 @@ UNUSED static void mode_pretrain(Options *o) {
   pretrain_resolve_(o, has_tok ? &tok : NULL);
   if (!from[0]) config_from_options(&c, o);
   // Activations are stored as codes when every forward pass, those of evaluation included, runs at lambda = 1.
-  int codes_only = c.act_bits > 0 && (o->lambda_schedule == LAMBDA_NONE || (o->lambda_schedule == LAMBDA_WARMUP && lambda_ramp_steps(o) == 0));
+  int codes_only = c.act_bits > 0 &&
+                   (o->lambda_schedule == LAMBDA_NONE || (o->lambda_schedule == LAMBDA_WARMUP && lambda_ramp_steps(o) == 0));
   if (o->dry_run) {
     pretrain_dry_run_(o, &c, codes_only);
   } else {

@@ -50,7 +50,8 @@ UNUSED static void mode_tokenize(Options *o) {
       long v = strtol(p, &end, 10);
       if (end == p && strspn(p, " ,\t\r") == strlen(p)) break;
       if (end == p || v < 0 || v >= tok.vocab_size)
-        die(EXIT_USAGE, "stdin, line %zu, column %zu: expected an id from 0 to %d, found '%.20s'", n_line, (size_t)(p - line) + 1, tok.vocab_size - 1, p);
+        die(EXIT_USAGE, "stdin, line %zu, column %zu: expected an id from 0 to %d, found '%.20s'", n_line, (size_t)(p - line) + 1,
+            tok.vocab_size - 1, p);
       ids[n++] = (int)v;
       while (*end == ',' || *end == ' ') end++;
     }

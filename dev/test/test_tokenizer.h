@@ -18,11 +18,12 @@ Defines:     TOKENIZER_TESTS, the rows for the table of tests.
 
 static void test_unicode_classes(void) {
   enum { O = CLASS_OTHER, L = CLASS_LETTER, N = CLASS_NUMBER, S = CLASS_SPACE };
-  static const struct { uint32_t c; int class_; } cases[] = {
-    {'a', L}, {'Z', L}, {'@', O}, {'[', O}, {'0', N}, {'9', N}, {'/', O}, {':', O}, {'\t', S}, {0x0D, S}, {0x0E, O}, {0x1C, O}, {0x1F, O},
-    {0x85, S}, {0xA0, S}, {0xAA, L}, {0xB2, N}, {0xD7, O}, {0x300, O}, {0x416, L}, {0x663, N}, {0x1680, S}, {0x180E, O}, {0x200B, O},
-    {0x2028, S}, {0x2167, N}, {0x3000, S}, {0x4E2D, L}, {0xE000, O}, {0xFEFF, O}, {0x105C0, L}, {0x1D7CE, N}, {0x1F600, O}, {0x323AF, L},
-    {0x10FFFF, O}, {BAD_BYTE, O}};
+  static const struct { uint32_t c; int class_;
+  } cases[] = {{'a', L},     {'Z', L},     {'@', O},      {'[', O},     {'0', N},    {'9', N},    {'/', O},     {':', O},
+               {'\t', S},    {0x0D, S},    {0x0E, O},     {0x1C, O},    {0x1F, O},   {0x85, S},   {0xA0, S},    {0xAA, L},
+               {0xB2, N},    {0xD7, O},    {0x300, O},    {0x416, L},   {0x663, N},  {0x1680, S}, {0x180E, O},  {0x200B, O},
+               {0x2028, S},  {0x2167, N},  {0x3000, S},   {0x4E2D, L},  {0xE000, O}, {0xFEFF, O}, {0x105C0, L}, {0x1D7CE, N},
+               {0x1F600, O}, {0x323AF, L}, {0x10FFFF, O}, {BAD_BYTE, O}};
   for (size_t i = 0; i < ARRAY_LEN(cases); i++) {
     int got = unicode_class(cases[i].c);
     CHECK(got == cases[i].class_, "U+%04X: class %d, wanted %d", cases[i].c, got, cases[i].class_);
