@@ -58,6 +58,9 @@ static const Test tests[] = {
 
 int main(int argc, char **argv) {
   const char *filter = argc > 1 ? argv[1] : NULL;
+#ifdef BITNET_MATMUL_H
+  wait_briefly(argv);
+#endif
   dev_init(0);
   printf("%s\n", dev_name());
   if (filter && strcmp(filter, "--list") == 0) {
