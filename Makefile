@@ -140,9 +140,10 @@ emu_bitnet_f32: $(TESTS) dev/cuda_emu.h $(CUDA_SOURCE)
 emu_train_f32: dev/cuda_emu.h $(CUDA_SOURCE)
 	$(EMU_BUILD) -DBITNET_FLOATX_F32 -o $@ train_bitnet.cu -lm
 
-testemu: $(EMU_TESTS) emu_bitnet_f32 emu_train_f32
+testemu: $(EMU_TESTS) emu_bitnet_f32 emu_train_f32 train_bitnet
 	for t in $(EMU_TESTS); do for order in 0 1; do echo "$$t, order $$order"; EMU_ORDER=$$order ./$$t || exit 1; done; done
 	BITNET_BINARY=./emu_train_f32 ./emu_bitnet_f32
+	dev/test/same_curve.sh ./train_bitnet ./emu_train_f32
 
 # ---------------------------------------------------------------------------------------------------------
 clean:

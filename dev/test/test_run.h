@@ -242,7 +242,7 @@ static void test_run_signal(void) {
   snprintf(
       line, sizeof line,
       "%s " TINY
-      "run_dir=%s steps=100000 >%s/out 2>%s/err & p=$!; while ! grep -q 'step *3' %s/err; do sleep 0.05; done; kill -TERM $p; wait $p",
+      "run_dir=%s steps=100000 >%s/out 2>%s/err & p=$!; while kill -0 $p && ! grep -qs 'step *3' %s/err; do sleep 0.05; done; kill -TERM $p; wait $p",
       binary_(), base, base, base, base);
   fflush(NULL);
   int status = system(line);
