@@ -650,6 +650,7 @@ static void small_product(float *c, size_t ldc, int load, const float *a, size_t
                           size_t I, size_t J, size_t P) {
   size_t j = 0;
   for (; j + 4 * VL <= J; j += 4 * VL) small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 4, VL);
+  for (; j + 3 * VL <= J; j += 3 * VL) small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 3, VL);
   for (; j + 2 * VL <= J; j += 2 * VL) small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 2, VL);
   for (; j + VL <= J; j += VL) small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 1, VL);
   if (j < J)

@@ -638,6 +638,11 @@ static float dot_product(const float *RESTRICT a, const float *RESTRICT b, int n
   return sum;
 }
 
+// The keys of a block that are scored where n are seen: a little more, so that whole vectors are.
+static size_t whole_vectors(int n) {
+  return ((size_t)n + 15) / 16 * 16;
+}
+
 // out (=) [HS][KEYS]: n <= KEYS rows of HS numbers, `stride` apart, transposed; the missing ones are zeros.
 static void transpose_block(float *RESTRICT out, const float *x, size_t stride, int n, int HS) {
   if (n < KEYS) memset(out, 0, (size_t)HS * KEYS * sizeof(float));
@@ -700,7 +705,7 @@ static void attend_head(floatX *out, float *lse, const floatX *q, const floatX *
       transpose_block(kt, k + (size_t)j0 * QKV, (size_t)QKV, n, HS);
       for (int t0 = j0; t0 < end; t0 += QUERIES) {
         int m = end - t0 < QUERIES ? end - t0 : QUERIES, seen = t0 + m - j0 < n ? t0 + m - j0 : n;   // keys that the last query sees
-        small_product(p, KEYS, 0, q + (size_t)t0 * QKV, (size_t)QKV, 1, kt, KEYS, (size_t)m, KEYS, (size_t)HS);
+        small_product(p, KEYS, 0, q + (size_t)t0 * QKV, (size_t)QKV, 1, kt, KEYS, (size_t)m, whole_vectors(seen), (size_t)HS);
         for (int i = 0; i < m; i++) {
           int t = t0 + i;
           softmax_block(p + i * KEYS, &lse[(size_t)t * NH], &sums[t], out + (size_t)t * width, t - j0 + 1 < KEYS ? t - j0 + 1 : KEYS,
@@ -753,17 +758,18 @@ static void attend_backward_block(float *dq, float *dk, float *dv, const float *
   size_t width = (size_t)NH * HS, stride = (size_t)QKV;
   for (int t0 = j0; t0 < end; t0 += QUERIES) {
     int m = end - t0 < QUERIES ? end - t0 : QUERIES, seen = t0 + m - j0 < n ? t0 + m - j0 : n;
+    int scored = (int)whole_vectors(seen);
     const float *qt = q + (size_t)t0 * stride, *dot = dout + (size_t)t0 * width;
-    small_product(p, KEYS, 0, qt, stride, 1, kt, KEYS, (size_t)m, KEYS, (size_t)HS);
-    small_product(ds, KEYS, 0, dot, width, 1, vt, KEYS, (size_t)m, KEYS, (size_t)HS);   // dp
+    small_product(p, KEYS, 0, qt, stride, 1, kt, KEYS, (size_t)m, (size_t)scored, (size_t)HS);
+    small_product(ds, KEYS, 0, dot, width, 1, vt, KEYS, (size_t)m, (size_t)scored, (size_t)HS);   // dp
     for (int i = 0; i < m; i++) {
       size_t t = (size_t)(t0 + i);
       float *RESTRICT pi = p + i * KEYS, *RESTRICT dsi = ds + i * KEYS, log_sum = lse[t * NH];
       float D = dot_product(dout + t * width, out + t * width, HS);
       int sees = (int)t - j0 + 1 < KEYS ? (int)t - j0 + 1 : KEYS;
-      for (int j = 0; j < KEYS; j++) pi[j] = exp_fast(pi[j] * scale - log_sum);
-      for (int j = sees; j < KEYS; j++) pi[j] = 0;
-      for (int j = 0; j < KEYS; j++) dsi[j] = pi[j] * (dsi[j] - D) * scale;
+      for (int j = 0; j < scored; j++) pi[j] = exp_fast(pi[j] * scale - log_sum);
+      for (int j = sees; j < scored; j++) pi[j] = 0;
+      for (int j = 0; j < scored; j++) dsi[j] = pi[j] * (dsi[j] - D) * scale;
     }
     size_t M = (size_t)m, S = (size_t)seen, H = (size_t)HS;
     small_product(dq + (size_t)t0 * stride, stride, 1, ds, KEYS, 1, k + (size_t)j0 * stride, stride, M, H, S);
@@ -859,6 +865,17 @@ static void glu_row(float *RESTRICT u, const float *RESTRICT gate_up, size_t F, 
   }
 }
 
+// One row of the backward pass: dgate (=), dup (=) [F] from du, which may be dup.
+static inline __attribute__((always_inline)) void glu_slope_row(float *dgate, float *dup, const float *du, const float *RESTRICT gate,
+                                                                const float *RESTRICT up, size_t F, int act) {
+#pragma omp simd
+  for (size_t f = 0; f < F; f++) {
+    float d = du[f];
+    dgate[f] = d * up[f] * gate_slope(gate[f], act);
+    dup[f] = d * gate_value(gate[f], act);
+  }
+}
+
 void glu_quant_forward(QAct *out, float *rstd, const floatX *gate_up, const float *gain, int R, int F, int act, float eps) {
   float *rows = scratch_floats((size_t)thread_count() * F);
 #pragma omp parallel for schedule(static)
@@ -898,11 +915,8 @@ void glu_backward(floatX *dgate_up, float *dgain, floatX *dout, const floatX *ga
         rmsnorm_backward_row(dup, dg, du, dgate, gain, rstd[r], (size_t)F);
         memcpy(du, dup, (size_t)F * sizeof(float));
       }
-      for (int f = 0; f < F; f++) {
-        float d = du[f];
-        dgate[f] = d * up[f] * gate_slope(gate[f], act);
-        dup[f] = d * gate_value(gate[f], act);
-      }
+      if (act == ACT_RELU2) glu_slope_row(dgate, dup, du, gate, up, (size_t)F, ACT_RELU2);
+      else glu_slope_row(dgate, dup, du, gate, up, (size_t)F, ACT_SILU);
     }
   }
   if (gain) fold_chunks(dgain, partial, (size_t)chunks, (size_t)F);
