@@ -354,6 +354,32 @@ static void test_nan_visible(void) {
   }
 }
 
+// The optimizer over the table: the norm takes all gradients, weight decay only matrices and embeddings.
+static void test_optimizer_table(void) {
+  for (int style = 0; style < N_STYLES; style++) {
+    Config c = small_config_(style);
+    Model m;
+    open_model_(&m, &c, PRECISION_FP32, 1, 4, 0, 0);
+    float *before = read_floats_(m.params, m.table.floats), *grads = host_floats_(m.table.floats);
+    adamw_step(&m, 1, 0.5, 0.25, 0.9, 0.95, 1e-8, 1);   // gradients are 0: what is left is decay by 1 - 0.5 * 0.25
+    float *after = read_floats_(m.params, m.table.floats);
+    double sum = 0;
+    for (int i = 0; i < m.table.count; i++) {
+      const Tensor *t = &m.table.tensors[i];
+      float keep = t->flags & (NORM | BIAS) ? 1.0f : 0.875f;
+      for (size_t k = t->offset; k < t->offset + t->n; k++) {
+        CHECK(after[k] == before[k] * keep, "%s: %.9g became %.9g", t->name, (double)before[k], (double)after[k]);
+        grads[k] = (float)(i + 1);
+        sum += (double)(i + 1) * (i + 1);
+      }
+    }
+    dev_copy_in(m.grads, grads, m.table.floats * sizeof(float));
+    CHECK(fabs(grad_norm(&m) / sqrt(sum) - 1) < 1e-14, "style %d: norm %.15g, wanted %.15g", style, grad_norm(&m), sqrt(sum));
+    model_free(&m);
+    end_test_();
+  }
+}
+
 /*
 A whole optimizer step asks for no memory. alloc_guard stops every xmalloc and dev_malloc; test_allocations, counted by
 test_bitnet.c, sees calls that go around them.
@@ -677,18 +703,19 @@ static void test_sampler(void) {
 #define FORECAST_TEST_
 #endif
 
-#define MODEL_TESTS                                                                              \
-  FORECAST_TEST_                                                                                 \
-  {"threads_model", "two whole steps: the same bits with 1, 2, 3 threads", test_threads_model},  \
-  {"recompute", "the same gradients with and without stored activations", test_recompute},       \
-  {"micro_batches", "two micro-batches are one batch", test_micro_batches},                      \
-  {"head_chunks", "the classifier in pieces of 7 rows", test_head_chunks},                       \
-  {"packed_documents", "documents in one row are documents alone", test_packed_documents},       \
-  {"lambda_zero", "without lambda there are no quantisers", test_lambda_zero},                   \
-  {"nan_visible", "a damaged weight reaches the loss and the norm", test_nan_visible},           \
-  {"no_allocation", "a step asks for no memory", test_no_allocation},                            \
-  {"decode", "cached decoding has the bits of training's forward pass", test_decode},            \
-  {"generate", "prompts together, in pieces, one at a time", test_generate},                     \
+#define MODEL_TESTS                                                                               \
+  FORECAST_TEST_                                                                                  \
+  {"threads_model", "two whole steps: the same bits with 1, 2, 3 threads", test_threads_model},   \
+  {"recompute", "the same gradients with and without stored activations", test_recompute},        \
+  {"micro_batches", "two micro-batches are one batch", test_micro_batches},                       \
+  {"head_chunks", "the classifier in pieces of 7 rows", test_head_chunks},                        \
+  {"packed_documents", "documents in one row are documents alone", test_packed_documents},        \
+  {"lambda_zero", "without lambda there are no quantisers", test_lambda_zero},                    \
+  {"nan_visible", "a damaged weight reaches the loss and the norm", test_nan_visible},            \
+  {"optimizer_table", "which tensors decay; the norm over all gradients", test_optimizer_table},  \
+  {"no_allocation", "a step asks for no memory", test_no_allocation},                             \
+  {"decode", "cached decoding has the bits of training's forward pass", test_decode},             \
+  {"generate", "prompts together, in pieces, one at a time", test_generate},                      \
   {"sampler", "temperature, top_k, top_p against exact probabilities", test_sampler}
 
 #endif
