@@ -551,8 +551,7 @@ The loops around the tile (the scheme of GotoBLAS): a block of B, kc x NC, is pa
 blocks of rows of A, packs them for itself and runs over the tiles. Where there are few rows, the columns are shared out as well.
 scratch: gemm_scratch_bytes(), aligned to 64.
 */
-static void gemm(const Product *g, void *scratch) {
-  const Kernel *k = gemm_kernel(g);
+static void gemm_by(const Kernel *k, const Product *g, void *scratch) {
   char *b_block = (char *)scratch, *a_blocks = b_block + (size_t)KC_MAX * NC * sizeof(float);
   size_t threads = (size_t)thread_count();
   size_t mc = (g->M / (2 * threads) / k->mr + 1) * k->mr;
@@ -588,6 +587,10 @@ static void gemm(const Product *g, void *scratch) {
       }
     }
   }
+}
+
+static void gemm(const Product *g, void *scratch) {
+  gemm_by(gemm_kernel(g), g, scratch);
 }
 
 // ---------------------------------------------------------------------------------------------------------

@@ -554,10 +554,10 @@ static void test_gemm_i8_twin(void) {
 }
 
 /*
-gemm_f32 in every form: A and B with contiguous rows, contiguous columns, or neither; B as floats or codes; scale, bias, residual,
+gemm in every form: A and B with contiguous rows, contiguous columns, or neither; B as floats or codes; scale, bias, residual,
 accumulation; both precisions. Gaps between rows hold NaN, so reading one is seen.
 */
-static void check_gemm_f32_(const int *shape, int form) {
+static void check_gemm_(const int *shape, int form) {
   size_t M = (size_t)shape[0], N = (size_t)shape[1], K = (size_t)shape[2];
   int a_form = form % 3, b_form = form / 3 % 3, codes = form / 9 % 2, precision = form / 18 % 2;
   int scaled = test_below_(2), bias = test_below_(2), residual = test_below_(2), accumulate = test_below_(2);
@@ -594,9 +594,6 @@ static void check_gemm_f32_(const int *shape, int form) {
   if (bias) g.bias = normals_(N, 0, 3);
   if (residual) g.residual = normals_(M * N, 0, 3);
   g.precision = precision;
-  for (size_t i = 0; i < M * N; i++) C[i] = accumulate ? old[i] : NAN;
-  C[M * N] = 12345;
-  gemm(&g, dev_memory_(gemm_scratch_bytes()));
   double *row = (double *)host_memory_(N * sizeof(double));
   for (size_t i = 0; i < M; i++) {
     for (size_t j = 0; j < N; j++) {
@@ -610,19 +607,30 @@ static void check_gemm_f32_(const int *shape, int form) {
     }
     for (size_t j = 0; j < N; j++) want[i * N + j] = (float)row[j];
   }
-  char name[160];
-  snprintf(name, sizeof name, "[%zu,%zu,%zu] A %d B %d codes %d precision %d scale %d bias %d residual %d accumulate %d",
-           M, N, K, a_form, b_form, codes, precision, scaled, bias, residual, accumulate);
-  // A rounding for each addition to a sum that itself grows like sqrt(K): their sum grows like K, relative to the sum like sqrt(K).
-  CHECK_CLOSE(name, C, want, M * N, 5e-7 + 5e-8 * sqrt((double)K));
-  CHECK(C[M * N] == 12345, "%s: wrote beyond its end", name);
+  // By the kernel that this machine would take, by the plain one, and by the one that machines without AMX take.
+  const Kernel *kernels[3] = {gemm_kernel(&g), &kernel_f32, &kernel_f32};
+#ifdef BITNET_BF16
+  if (kernels[0] != &kernel_f32) kernels[2] = &kernel_bf16;
+#endif
+  void *scratch = dev_memory_(gemm_scratch_bytes());
+  for (int k = 0; k < 3; k++) {
+    char name[160];
+    snprintf(name, sizeof name, "[%zu,%zu,%zu] A %d B %d codes %d precision %d scale %d bias %d residual %d accumulate %d kernel %d",
+             M, N, K, a_form, b_form, codes, precision, scaled, bias, residual, accumulate, k);
+    for (size_t i = 0; i < M * N; i++) C[i] = accumulate ? old[i] : NAN;
+    C[M * N] = 12345;
+    gemm_by(kernels[k], &g, scratch);
+    // A rounding for each addition to a sum that itself grows like sqrt(K): their sum grows like K, relative to the sum like sqrt(K).
+    CHECK_CLOSE(name, C, want, M * N, 5e-7 + 5e-8 * sqrt((double)K));
+    CHECK(C[M * N] == 12345, "%s: wrote beyond its end", name);
+  }
 }
 
-static void test_gemm_f32(void) {
+static void test_gemm_float(void) {
   for (size_t shape = 0; shape < ARRAY_LEN(product_shapes_); shape++) {
     for (int form = 0; form < 36; form++) {
       uint64_t draws = test_draws_;
-      check_gemm_f32_(product_shapes_[shape], form);
+      check_gemm_(product_shapes_[shape], form);
       end_test_();
       test_draws_ = draws + 1000003;   // other numbers and other additions in the next form
     }
@@ -1185,7 +1193,7 @@ static void test_rows_alone(void) {
   {"exp_fast", "error of the fast exponential", test_exp_fast},                          \
   {"gemm_i8", "int8 x ternary at odd shapes, exact sums", test_gemm_i8},                 \
   {"gemm_i8_twin", "the fast integer kernels and their plain twin", test_gemm_i8_twin},  \
-  {"gemm_f32", "float products in every form at odd shapes", test_gemm_f32},             \
+  {"gemm_float", "float products in every form at odd shapes", test_gemm_float},             \
   {"small_product", "the products of attention at odd shapes", test_small_product},
 #else
 #define CPU_TESTS_
