@@ -19,7 +19,7 @@ OPENMP := $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c -o /dev
 ifeq ($(OPENMP),1)
 OMP     = -fopenmp
 else
-OMP     = -Wno-unknown-pragmas
+OMP     = -fopenmp-simd -Wno-unknown-pragmas
 endif
 
 CFLAGS  = -O3 $(MARCH) -std=gnu11 $(WARN)
@@ -29,7 +29,7 @@ SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-om
 HEADERS = $(wildcard *.h bitnet/*.h modes/*.h)
 TESTS   = test_bitnet.c $(wildcard dev/test/*.h) train_bitnet.c $(HEADERS)
 
-.PHONY: all test asan headers bench clean help
+.PHONY: all test asan headers clean help
 
 all: train_bitnet
 
@@ -64,13 +64,100 @@ headers:
 	  case $$h in matmul.h) ;; *) echo "#include \"$$h\"" | $(CXX) -std=gnu++17 $(WARN) -Wno-unknown-pragmas -I. -x c++ -fsyntax-only - || exit 1;; esac; \
 	done; echo "headers compile as C and as C++"
 
+# ---------------------------------------------------------------------------------------------------------
+# CUDA. `make train_bitnetcu` builds the GPU program; the emulated tests need no GPU, no nvcc and no CUDA headers.
+#
+#   ARCH=sm_90       the GPU to build for; without it: the one in this machine, or sm_80 and newer where there is none
+#   NVCC=            the compiler                    CUBLAS=DIR        a directory with include/cublasLt.h and lib/
+
+NVCC   ?= $(or $(shell command -v nvcc),$(lastword $(wildcard /usr/local/cuda*/bin/nvcc)))
+PYTHON ?= python3
+ARCH   ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo native || echo sm_80)
+
+# cuBLASLt comes with the CUDA Toolkit, with a distribution's package, or from PyPI: pip install nvidia-cublas (CUDA 13),
+# nvidia-cublas-cu12 (CUDA 12). The first directory that has the header wins.
+CUBLAS_DIRS = $(CUBLAS) $(CUDA_HOME) $(patsubst %/bin/nvcc,%,$(NVCC)) /usr/local/cuda $(wildcard /usr/local/cuda-*) /usr \
+              $(foreach d,cu13 cublas,$(wildcard $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' 2>/dev/null)/nvidia/$(d)))
+CUBLAS_ROOT = $(patsubst %/include/cublasLt.h,%,$(firstword $(wildcard $(addsuffix /include/cublasLt.h,$(CUBLAS_DIRS)))))
+CUBLAS_SO   = $(firstword $(wildcard $(foreach d,lib64 lib lib/x86_64-linux-gnu lib/aarch64-linux-gnu,\
+              $(CUBLAS_ROOT)/$(d)/libcublasLt.so $(CUBLAS_ROOT)/$(d)/libcublasLt.so.1?)))
+
+CUDA_FLAGS = -std=c++17 -O3 -arch=$(ARCH) -I. -I$(CUBLAS_ROOT)/include -DBITNET_COMMIT='"$(COMMIT)"' \
+             $(if $(WERROR),-Werror all-warnings) -Xcompiler -Wall$(comma)-Wextra$(if $(WERROR),$(comma)-Werror)
+CUDA_LIBS  = -Xlinker $(CUBLAS_SO) -Xlinker -rpath$(comma)$(dir $(CUBLAS_SO))
+CUDA_SOURCE = train_bitnet.cu attention.cuh $(HEADERS)
+comma      = ,
+
+# One line that says what is missing; nothing if all is there.
+CUDA_MISSING = $(if $(NVCC),$(if $(CUBLAS_SO),,cuBLASLt not found: pip install nvidia-cublas, or CUBLAS=DIR with include/ and lib/),\
+               nvcc not found: install the CUDA Toolkit 12 or 13, or say NVCC=/path/to/nvcc; the CPU program is make train_bitnet)
+
+define NVCC_BUILD
+	@$(if $(strip $(CUDA_MISSING)),echo '$(strip $(CUDA_MISSING))' >&2; exit 1,echo '$@: $(NVCC) -arch=$(ARCH) $(CUBLAS_SO)')
+	$(NVCC) $(CUDA_FLAGS)
+endef
+
+.PHONY: testcu testemu compilecu
+
+train_bitnetcu: $(CUDA_SOURCE)
+	$(NVCC_BUILD) -o $@ train_bitnet.cu $(CUDA_LIBS)
+
+# The CPU ops as an object, for the comparison of both.
+cpu_ops.o: train_bitnet.c $(HEADERS)
+	$(BUILD) -DTESTING -c -o $@ train_bitnet.c
+
+test_cuda_bf16 test_cuda_f32: test_cuda_%: dev/test/test_cuda.cu dev/test/check.h cpu_ops.o $(CUDA_SOURCE)
+	$(NVCC_BUILD) $(if $(filter f32,$*),-DBITNET_FLOATX_F32) -Xcompiler -fopenmp -o $@ dev/test/test_cuda.cu cpu_ops.o $(CUDA_LIBS)
+
+test_bitnetcu: $(TESTS) $(CUDA_SOURCE)
+	$(NVCC_BUILD) -DBITNET_FLOATX_F32 -x cu -o $@ test_bitnet.c $(CUDA_LIBS)
+
+# On a GPU: every op against the CPU in both builds, then the whole table in fp32.
+testcu: train_bitnetcu test_cuda_bf16 test_cuda_f32 test_bitnetcu
+	./test_cuda_f32
+	./test_cuda_bf16
+	./test_bitnetcu
+
+# Compile and link for both generations, no GPU needed.
+compilecu:
+	$(MAKE) -B ARCH=sm_80 WERROR=1 train_bitnetcu test_cuda_bf16 test_cuda_f32 test_bitnetcu
+	$(MAKE) -B ARCH=sm_90 WERROR=1 train_bitnetcu test_cuda_bf16 test_cuda_f32 test_bitnetcu
+
+# ---------------------------------------------------------------------------------------------------------
+# The same under dev/cuda_emu.h. No contraction to fused multiply-adds, and no type-based aliasing: kernels read memory as wide words.
+
+EMU_BUILD = $(CXX) -x c++ -std=c++17 -O2 -g $(WARN) -Wno-unknown-pragmas -fno-strict-aliasing -ffp-contract=off -I. -include dev/cuda_emu.h
+EMU_ASAN  = -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
+EMU_FLOATX = $(if $(findstring f32,$@),-DBITNET_FLOATX_F32)
+EMU_TESTS = emu_ops_bf16 emu_ops_f32 emu_asan_bf16 emu_asan_f32
+
+$(EMU_TESTS): dev/test/test_cuda.cu dev/test/check.h dev/cuda_emu.h cpu_ops.o $(CUDA_SOURCE)
+	$(EMU_BUILD) $(EMU_FLOATX) $(if $(findstring asan,$@),$(EMU_ASAN)) -o $@ dev/test/test_cuda.cu -x none cpu_ops.o $(OMP) -lm
+
+emu_bitnet_f32: $(TESTS) dev/cuda_emu.h $(CUDA_SOURCE)
+	$(EMU_BUILD) -DBITNET_FLOATX_F32 -o $@ test_bitnet.c -lm
+
+emu_train_f32: dev/cuda_emu.h $(CUDA_SOURCE)
+	$(EMU_BUILD) -DBITNET_FLOATX_F32 -o $@ train_bitnet.cu -lm
+
+testemu: $(EMU_TESTS) emu_bitnet_f32 emu_train_f32 train_bitnet
+	for t in $(EMU_TESTS); do for order in 0 1; do echo "$$t, order $$order"; EMU_ORDER=$$order ./$$t || exit 1; done; done
+	BITNET_BINARY=./emu_train_f32 ./emu_bitnet_f32
+	dev/test/same_curve.sh ./train_bitnet ./emu_train_f32
+
+# ---------------------------------------------------------------------------------------------------------
 clean:
-	rm -f train_bitnet test_bitnet test_float64 train_bitnet_asan test_bitnet_asan
+	rm -f train_bitnet test_bitnet test_float64 train_bitnet_asan test_bitnet_asan train_bitnetcu test_bitnetcu \
+	  test_cuda_bf16 test_cuda_f32 cpu_ops.o $(EMU_TESTS) emu_bitnet_f32 emu_train_f32
 
 help:
 	@echo "make train_bitnet   the program (CPU)"
 	@echo "make test           all tests; needs nothing but the compiler"
 	@echo "make asan           the tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make headers        check that the shared headers compile as C11 and C++17"
+	@echo "make train_bitnetcu the program for the GPU (ARCH=sm_90 NVCC= CUBLAS=)"
+	@echo "make testcu         all tests on the GPU"
+	@echo "make testemu        the tests of the CUDA code on the CPU, without a GPU or CUDA"
+	@echo "make compilecu      compile and link the CUDA code for sm_80 and sm_90"
 	@echo "make clean          remove what was built"
 	@echo "variables: CC=clang MARCH= OPENMP=0 WERROR=1"

@@ -1,14 +1,16 @@
 /*
 dataloader.h: where training batches come from.
 
-What it is:  batches of token ids from one of two sources: arithmetic problems made up on the fly, or token shards (llm.c's
-             .bin files) mapped into memory and cut into blocks in a shuffled order.
+What it is:  batches of token ids, either arithmetic problems made up on the fly, or token shards (llm.c's .bin files) mapped
+             into memory and cut into blocks in a shuffled order; several sets of shards can be mixed by weights, and a shard
+             can say which of its tokens are trained (instruction data).
 What not:    no text (prepro/ turns text into shards) and no threads. There is no read position either: batch k is a pure
              function of the settings, the seed and k, so a run resumes by going on at k.
 Read before: bitnet/utils.h, tokenizer.h.
 Defines:     Batch, batch_alloc, batch_free; Arithmetic, arith_init, arith_problem, arith_text, arith_is_heldout,
-             arith_heldout, arith_max_tokens; DataLoader, loader_open_shards, loader_open_arithmetic,
-             loader_check_tokenizer, loader_blocks, loader_batch, arith_fill_heldout, loader_free; shard_write; permute.
+             arith_heldout, arith_max_tokens; DataLoader, loader_open_shards, loader_reweight, loader_open_arithmetic,
+             loader_check_tokenizer, loader_blocks, loader_batch, arith_fill_heldout, loader_free; shard_write,
+             shard_write_masked; permute.
 */
 #ifndef DATALOADER_H
 #define DATALOADER_H
@@ -201,8 +203,13 @@ and we put there what lets a mistake be noticed.
   word 2      number of tokens
   word 3      vocabulary size                    0 = unknown
   word 4, 5   tokenizer_hash, low and high half  0 = unknown
-  word 6      CRC-32 of the tokens' bytes        0 = absent
+  word 6      CRC-32 of all behind the header    0 = absent
   word 7      id of the end-of-text token + 1    0 = unknown
+  word 8      1 = a loss mask follows            0 = every token is trained
+
+The loss mask has one bit for each token, the lowest bit of a byte first: 1 = the model is trained to predict this token. In
+instruction data those are the answers. A program that does not know masks finds the file too long and refuses it, which is
+right: it would train on the questions.
 */
 enum {
   SHARD_HEADER = 256 * 4,
@@ -216,6 +223,7 @@ typedef struct {
   size_t map_bytes;
   int width;                  // bytes of a token: 2 or 4
   uint64_t n_tokens;
+  const unsigned char *mask;  // a bit for each token, or NULL
 } Shard;
 
 // Little-endian numbers, byte by byte: right on any machine at any address.
@@ -236,16 +244,22 @@ UNUSED static uint32_t shard_token_(const Shard *s, uint64_t i) {
   return s->width == 2 ? (uint32_t)p[0] | (uint32_t)p[1] << 8 : get_u32_(p);
 }
 
-// Writes ids[0..n) as a shard: uint16 if the vocabulary allows it. tokenizer_hash 0 and eot -1 mean unknown. The file
-// appears whole or not at all; exit 1 if it cannot be written, 2 if an id is outside of the vocabulary.
-UNUSED static void shard_write(const char *path, const int *ids, size_t n, int vocab, uint64_t tokenizer_hash, int eot) {
+// 1 if the model is trained to predict token i < n_tokens.
+UNUSED static int shard_trained_(const Shard *s, uint64_t i) { return s->mask == NULL || (s->mask[i / 8] >> (i % 8) & 1); }
+
+// Writes ids[0..n) as a shard: uint16 if the vocabulary allows it. trained [n] is the loss mask, a byte for each token, or NULL.
+// tokenizer_hash 0 and eot -1 mean unknown. The file appears whole or not at all; exit 1 if it cannot be written, 2 if an id
+// is outside of the vocabulary.
+UNUSED static void shard_write_masked(const char *path, const int *ids, const unsigned char *trained, size_t n, int vocab,
+                                      uint64_t tokenizer_hash, int eot) {
   if (n > INT32_MAX) die(EXIT_USAGE, "%s: a shard holds at most %d tokens, found %zu; write several", path, INT32_MAX, n);
-  size_t width = vocab <= 65536 ? 2 : 4, bytes = n * width;
+  size_t width = vocab <= 65536 ? 2 : 4, tokens = n * width, bytes = tokens + (trained ? (n + 7) / 8 : 0);
   unsigned char *file = (unsigned char *)xcalloc(SHARD_HEADER + bytes, 1), *payload = file + SHARD_HEADER;
   for (size_t i = 0; i < n; i++) {
     if (ids[i] < 0 || ids[i] >= vocab)
       die(EXIT_USAGE, "%s: token %zu: expected an id below the vocabulary size %d, found %d", path, i, vocab, ids[i]);
     for (size_t k = 0; k < width; k++) payload[i * width + k] = (unsigned char)((unsigned)ids[i] >> (8 * k));
+    if (trained && trained[i]) payload[tokens + i / 8] |= (unsigned char)(1u << (i % 8));
   }
   put_u32_(file, width == 2 ? SHARD_MAGIC16 : SHARD_MAGIC32);
   put_u32_(file + 4, width == 2 ? SHARD_VERSION16 : SHARD_VERSION32);
@@ -255,9 +269,14 @@ UNUSED static void shard_write(const char *path, const int *ids, size_t n, int v
   put_u32_(file + 20, (uint32_t)(tokenizer_hash >> 32));
   put_u32_(file + 24, crc32_bytes(0, payload, bytes));
   put_u32_(file + 28, (uint32_t)(eot + 1));
+  put_u32_(file + 32, trained != NULL);
   int err = safe_write_file(path, (const char *)file, SHARD_HEADER + bytes);
   if (err) die(EXIT_FAILED, "cannot write %s: %s", path, strerror(err));
   free(file);
+}
+
+UNUSED static void shard_write(const char *path, const int *ids, size_t n, int vocab, uint64_t tokenizer_hash, int eot) {
+  shard_write_masked(path, ids, NULL, n, vocab, tokenizer_hash, eot);
 }
 
 // Maps a file and checks all of it: header, size, CRC, every id. Exit 2 if it cannot be read or was made for a larger
@@ -288,11 +307,14 @@ UNUSED static void shard_open_(Shard *s, const char *path, int vocab, int eot) {
   if (count > INT32_MAX)
     die(EXIT_DAMAGED, "%s: header word 2 (tokens): expected at most %d, found %u; copy the file again", path, INT32_MAX, count);
   s->n_tokens = count;
-  uint64_t payload = (uint64_t)count * (uint64_t)s->width;
+  if (shard_word_(s, 8) > 1)
+    die(EXIT_DAMAGED, "%s: header word 8 (loss mask): expected 0 or 1, found %u; prepare the data again", path, shard_word_(s, 8));
+  uint64_t tokens = (uint64_t)count * (uint64_t)s->width, payload = tokens + (shard_word_(s, 8) ? ((uint64_t)count + 7) / 8 : 0);
   if (s->map_bytes != SHARD_HEADER + payload)
     die(EXIT_DAMAGED, "%s: expected %llu bytes for the %u tokens of its header, found %zu; the file is %s, copy it again", path,
         (unsigned long long)(SHARD_HEADER + payload), count, s->map_bytes,
         s->map_bytes < SHARD_HEADER + payload ? "cut off" : "too long");
+  s->mask = payload > tokens ? s->map + SHARD_HEADER + tokens : NULL;
 
   // The CRC before the ids: a flipped bit is then called a flipped bit and not a wrong tokenizer.
   uint32_t crc = shard_word_(s, 6);
@@ -316,12 +338,22 @@ UNUSED static void shard_open_(Shard *s, const char *path, int vocab, int eot) {
 // ---------------------------------------------------------------------------------------------------------
 // The loader: settings and mapped files, nothing that changes after opening.
 
+// One of the sets of shards that are mixed.
+typedef struct {
+  size_t first, n;   // its shards
+  uint64_t split;    // the part of the rows left over by the sources before it that it gets, in units of 2^-32
+  uint64_t drawn;    // rows that it gave before row `mixed_at`
+} Source;
+
 typedef struct {
   uint64_t seed;
 
   // Token shards.
   Shard *shards;
   size_t n_shards;
+  Source *sources;
+  size_t n_sources;
+  uint64_t mixed_at;         // the row of the run from which on the present weights hold
   uint64_t n_tokens;         // in all of them
   uint64_t tokenizer_hash;   // that they were made with; 0 = unknown
   int eot;                   // the token that ends a document, -1 = a block is one document
@@ -332,33 +364,138 @@ typedef struct {
   const Tokenizer *tok;      // must outlive the loader
 } DataLoader;
 
-// Opens the files that match a pattern such as "data/train_*.bin", in the order of their names. vocab is the number of ids
-// that the model knows. Exit 2 if nothing matches or files do not belong together, 3 if one is damaged.
-UNUSED static void loader_open_shards(DataLoader *d, const char *pattern, int vocab, int eot, uint64_t seed, int shuffle) {
+// floor(r * f / 2^32) for f <= 2^32, without overflow.
+UNUSED static uint64_t share_(uint64_t r, uint64_t f) {
+  return (r >> 32) * f + ((r & 0xFFFFFFFF) * f >> 32);
+}
+
+// Sets the parts that sources get from their weights, which need not sum to 1. Exit 2 unless they are >= 0 and not all 0.
+UNUSED static void loader_split_(DataLoader *d, const double *weights) {
+  double rest = 0;
+  for (size_t i = d->n_sources; i-- > 0;) {
+    rest += weights[i];
+    if (!(weights[i] >= 0) || !isfinite(rest))
+      die(EXIT_USAGE, "data: expected weights of 0 or more, found %g for %s", weights[i], d->shards[d->sources[i].first].path);
+    // The last source with a weight gets all that is left, exactly.
+    d->sources[i].split = rest > 0 ? (uint64_t)(weights[i] / rest * 4294967296.0 + 0.5) : 0;
+  }
+  if (!(rest > 0)) die(EXIT_USAGE, "data: all %zu weights are 0; give one of the sources a weight", d->n_sources);
+}
+
+/*
+Which source row `row` of the run comes from, and how many rows that source gave before.
+
+Not drawn at random but dealt out: of the first r rows, the first source has had exactly floor(r w), and the next ones share what
+it left in the same way. So every batch has its proportions (to within a row for each source), each source goes through its
+own blocks one after the other, and both numbers are a formula in row: nothing has to be remembered.
+*/
+UNUSED static size_t loader_source_(const DataLoader *d, uint64_t row, uint64_t *index) {
+  uint64_t r = row - d->mixed_at;
+  size_t i = 0;
+  for (;; i++) {
+    const Source *s = &d->sources[i];
+    uint64_t before = share_(r, s->split);
+    *index = s->drawn + before;
+    if (i + 1 == d->n_sources || share_(r + 1, s->split) > before) return i;
+    r -= before;
+  }
+}
+
+// Changes the weights [n_sources] from row `row` (= batch * batch size) on. Earlier rows can no longer be asked for. mixed_at
+// and the sources' drawn belong into the checkpoints of a run that does this.
+UNUSED static void loader_reweight(DataLoader *d, uint64_t row, const double *weights) {
+  uint64_t r = row - d->mixed_at;
+  for (size_t i = 0; i < d->n_sources; i++) {
+    uint64_t before = share_(r, d->sources[i].split);
+    d->sources[i].drawn += before;
+    r -= before;
+  }
+  d->mixed_at = row;
+  loader_split_(d, weights);
+}
+
+// Opens the files that match one pattern, in the order of their names, behind those that are open.
+UNUSED static void loader_open_pattern_(DataLoader *d, const char *pattern, int vocab, int eot) {
   glob_t found;
+  int err = glob(pattern, 0, NULL, &found);
+  if (err == GLOB_NOMATCH) die(EXIT_USAGE, "no file matches %s; prepare the data first (see prepro/) or correct the path", pattern);
+  if (err) die(EXIT_FAILED, "cannot list %s: glob failed with code %d", pattern, err);
+  d->shards = (Shard *)xrealloc(d->shards, size_mul(d->n_shards + found.gl_pathc, sizeof *d->shards));
+  for (size_t i = 0; i < found.gl_pathc; i++) {
+    Shard *s = &d->shards[d->n_shards++];
+    memset(s, 0, sizeof *s);
+    shard_open_(s, found.gl_pathv[i], vocab, eot);
+    d->n_tokens += s->n_tokens;
+  }
+  globfree(&found);
+}
+
+// Takes ":0.7" off the end of a pattern; -1 if it has no weight.
+UNUSED static double pattern_weight_(char *pattern) {
+  char *colon = strrchr(pattern, ':'), *end;
+  if (colon == NULL || colon[1] == 0) return -1;
+  double w = strtod(colon + 1, &end);
+  if (*end != 0) return -1;
+  if (!(w >= 0)) die(EXIT_USAGE, "data: expected a weight of 0 or more, found %s", colon + 1);
+  *colon = 0;
+  return w;
+}
+
+/*
+Opens token shards. patterns is one pattern such as "data/train_*.bin", or several separated by commas: "a_*.bin,b_*.bin" is
+one set of files; "a_*.bin:0.7,b_*.bin:0.3" mixes two sources, of which the first gives 7 of 10 rows however large it is.
+vocab is the number of ids that the model knows; eot is the token that ends a document, -1 = as the files say. Exit 2 if nothing
+matches or files do not belong together, 3 if one is damaged.
+*/
+UNUSED static void loader_open_shards(DataLoader *d, const char *patterns, int vocab, int eot, uint64_t seed, int shuffle) {
   memset(d, 0, sizeof *d);
   d->seed = seed;
   d->eot = eot;
   d->shuffle = shuffle;
-  int err = glob(pattern, 0, NULL, &found);
-  if (err == GLOB_NOMATCH) die(EXIT_USAGE, "no file matches %s; prepare the data first (see prepro/) or correct the path", pattern);
-  if (err) die(EXIT_FAILED, "cannot list %s: glob failed with code %d", pattern, err);
-  d->n_shards = found.gl_pathc;
-  d->shards = (Shard *)xcalloc(d->n_shards, sizeof *d->shards);
-  const char *hashed = NULL;   // the first file that knows its tokenizer
+  size_t n = 1, unweighted = 0;
+  for (const char *c = patterns; *c; c++) n += *c == ',';
+  char *copy = xstrdup(patterns), *at = copy;
+  double *weights = (double *)xcalloc(n, sizeof *weights);
+  d->sources = (Source *)xcalloc(n, sizeof *d->sources);
+  for (size_t i = 0; i < n; i++) {
+    size_t len = strcspn(at, ",");
+    at[len] = 0;
+    weights[i] = pattern_weight_(at);
+    unweighted += weights[i] < 0;
+    d->sources[i].first = d->n_shards;
+    loader_open_pattern_(d, at, vocab, eot);
+    d->sources[i].n = d->n_shards - d->sources[i].first;
+    at += len + 1;
+  }
+  if (unweighted != 0 && unweighted != n)
+    die(EXIT_USAGE, "data=%s: expected a weight (\":0.5\") behind all of the %zu patterns or behind none, found %zu without",
+        patterns, n, unweighted);
+  d->n_sources = unweighted ? 1 : n;
+  if (unweighted) {   // one set of files
+    weights[0] = 1;
+    d->sources[0].n = d->n_shards;
+  }
+  loader_split_(d, weights);
+  free(weights);
+  free(copy);
+
+  const Shard *hashed = NULL, *ended = NULL;   // the first file that knows its tokenizer, its end-of-text token
   for (size_t i = 0; i < d->n_shards; i++) {
-    Shard *s = &d->shards[i];
-    shard_open_(s, found.gl_pathv[i], vocab, eot);
-    d->n_tokens += s->n_tokens;
+    const Shard *s = &d->shards[i];
+    uint32_t end = shard_word_(s, 7);
+    if (end != 0 && ended != NULL && end != shard_word_(ended, 7))
+      die(EXIT_USAGE, "%s ends its documents with token %u, %s with %u; prepare them alike", ended->path, shard_word_(ended, 7) - 1,
+          s->path, end - 1);
+    if (end != 0 && ended == NULL) ended = s;
+    if (end != 0 && d->eot < 0) d->eot = (int)end - 1;
     uint64_t hash = (uint64_t)shard_word_(s, 5) << 32 | shard_word_(s, 4);
     if (hash != 0 && hashed != NULL && hash != d->tokenizer_hash)
-      die(EXIT_USAGE, "%s and %s were made with different tokenizers; one pattern must match data of one tokenizer", hashed, s->path);
-    if (hash != 0) {
-      d->tokenizer_hash = hash;
-      hashed = s->path;
-    }
+      die(EXIT_USAGE, "%s and %s were made with different tokenizers; all data of a run must be of one tokenizer", hashed->path,
+          s->path);
+    if (hash == 0 || hashed != NULL) continue;
+    d->tokenizer_hash = hash;
+    hashed = s;
   }
-  globfree(&found);
 }
 
 // Endless arithmetic problems, never a held-out one. Exit 2 if the tokenizer cannot write them.
@@ -383,6 +520,7 @@ UNUSED static void loader_free(DataLoader *d) {
     free(d->shards[i].path);
   }
   free(d->shards);
+  free(d->sources);
   memset(d, 0, sizeof *d);
 }
 
@@ -397,16 +535,23 @@ UNUSED static void loader_check_tokenizer(const DataLoader *d, const Tokenizer *
 // Blocks of T tokens that shard s yields: each needs one token more, which the next block starts with.
 UNUSED static uint64_t shard_blocks_(const Shard *s, int T) { return s->n_tokens ? (s->n_tokens - 1) / (uint64_t)T : 0; }
 
-// Blocks in one epoch, at least one: exit 2 if no shard is long enough for T. For shards only.
-UNUSED static uint64_t loader_blocks(const DataLoader *d, int T) {
+// Blocks in one epoch of a source, at least one: exit 2 if none of its shards is long enough for T.
+UNUSED static uint64_t source_blocks_(const DataLoader *d, const Source *s, int T) {
   uint64_t n = 0, longest = 0;
-  for (size_t i = 0; i < d->n_shards; i++) {
+  for (size_t i = s->first; i < s->first + s->n; i++) {
     n += shard_blocks_(&d->shards[i], T);
     if (d->shards[i].n_tokens > longest) longest = d->shards[i].n_tokens;
   }
   if (n == 0)
     die(EXIT_USAGE, "not enough data: a block of seq_len=%d needs %llu tokens in one file, the longest of the %zu files (%s, ...) has "
-        "%llu; add data or lower seq_len", T, (unsigned long long)T + 1, d->n_shards, d->shards[0].path, (unsigned long long)longest);
+        "%llu; add data or lower seq_len", T, (unsigned long long)T + 1, s->n, d->shards[s->first].path, (unsigned long long)longest);
+  return n;
+}
+
+// Blocks of all sources together. For shards only.
+UNUSED static uint64_t loader_blocks(const DataLoader *d, int T) {
+  uint64_t n = 0;
+  for (size_t i = 0; i < d->n_sources; i++) n += source_blocks_(d, &d->sources[i], T);
   return n;
 }
 
@@ -421,13 +566,14 @@ count from the document's start, and attention must not look before it:
   pos       0 1 2 3 0 1 2
   targets   B C E . F E .      "." = IGNORE: what follows E is the first token of a document that has nothing to do with it
 
-A block that begins inside a document counts from 0 there.
+A block that begins inside a document counts from 0 there. Tokens that the shard's mask leaves out are no targets, either.
 */
 UNUSED static void shard_row_(const Shard *s, uint64_t at, int eot, int T, int *tokens, int *targets, int *start, int *pos) {
   int begin = 0;
   for (int t = 0; t < T; t++) {
     tokens[t] = (int)shard_token_(s, at + (uint64_t)t);
-    targets[t] = tokens[t] == eot ? IGNORE : (int)shard_token_(s, at + (uint64_t)t + 1);
+    int trained = tokens[t] != eot && shard_trained_(s, at + (uint64_t)t + 1);
+    targets[t] = trained ? (int)shard_token_(s, at + (uint64_t)t + 1) : IGNORE;
     start[t] = begin;
     pos[t] = t - begin;
     if (tokens[t] == eot) begin = t + 1;
@@ -511,9 +657,7 @@ UNUSED static void arith_fill_heldout(const DataLoader *d, const uint64_t *probl
 // for in any order. Exit 2 if T is too short for the problems, or too long for the shards.
 UNUSED static void loader_batch(const DataLoader *d, uint64_t index, Batch *b) {
   int T = b->T;
-  uint64_t n_blocks = 0;
-  if (d->tok == NULL) n_blocks = loader_blocks(d, T);
-  else arith_check_row_(d, T);
+  if (d->tok != NULL) arith_check_row_(d, T);
   for (int r = 0; r < b->B; r++) {
     uint64_t row = index * (uint64_t)b->B + (uint64_t)r;
     size_t o = (size_t)r * (size_t)T;
@@ -521,9 +665,12 @@ UNUSED static void loader_batch(const DataLoader *d, uint64_t index, Batch *b) {
       arith_row_(d, arith_draw_(d, row), T, b->tokens + o, b->targets + o, b->start + o, b->pos + o);
       continue;
     }
-    uint64_t epoch = row / n_blocks, block = row % n_blocks;
-    if (d->shuffle) block = permute(block, n_blocks, rng_u64(d->seed, RNG_DATA, epoch));
-    const Shard *s = d->shards;
+    uint64_t place;
+    size_t i = loader_source_(d, row, &place);
+    const Source *source = &d->sources[i];
+    uint64_t n_blocks = source_blocks_(d, source, T), epoch = place / n_blocks, block = place % n_blocks;
+    if (d->shuffle) block = permute(block, n_blocks, rng_u64(d->seed, RNG_DATA, (uint64_t)i << 48 | epoch));
+    const Shard *s = d->shards + source->first;
     for (; block >= shard_blocks_(s, T); s++) block -= shard_blocks_(s, T);
     shard_row_(s, block * (uint64_t)T, d->eot, T, b->tokens + o, b->targets + o, b->start + o, b->pos + o);
   }

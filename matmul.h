@@ -222,8 +222,8 @@ typedef struct {
 } Product;
 
 /*
-A kernel: how panels are packed, and the product of two of them. Panels hold mr rows of A or nr columns of B, kc values of k at most. Packing
-pads with zeros: rows and columns beyond the matrix, and k up to a multiple of k_step.
+A kernel: how panels are packed, and the product of two of them. Panels hold mr rows of A or nr columns of B, kc values of k at most.
+Packing pads with zeros: rows and columns beyond the matrix, and k up to a multiple of k_step.
 */
 typedef struct {
   size_t mr, nr, kc, k_step, bytes;   // bytes of an element in a panel
@@ -366,10 +366,12 @@ static inline __m512 load16(const Operand *o, size_t at, __mmask16 lanes) {
 }
 
 /*
-Sixteen x from x0 on and 32 k from k0 on (up to k_end; beyond it zeros) as a 16 x 16 matrix of words, a word being the pair (k, k+1) in bf16:
-by_x: t[x] holds the 16 pairs of one x; else t[pair] holds 16 x. The operand's memory gives one of the two, a transpose the other.
+Sixteen x from x0 on and 32 k from k0 on (up to k_end; beyond it zeros) as a 16 x 16 matrix of words, a word being the pair (k, k+1) in
+bf16: by_x: t[x] holds the 16 pairs of one x; else t[pair] holds 16 x. The operand's memory gives one of the two, a transpose the
+other.
 */
-static inline __attribute__((always_inline)) void load_pairs(__m512i t[16], const Operand *o, size_t x0, size_t k0, size_t k_end, int by_x) {
+static inline __attribute__((always_inline)) void load_pairs(__m512i t[16], const Operand *o, size_t x0, size_t k0, size_t k_end,
+                                                             int by_x) {
   size_t nx = x0 < o->nx ? o->nx - x0 : 0, nk = k_end - k0;
   if (o->sk == 1 && o->h) {   // bf16 already: the pairs lie side by side
     __mmask32 lanes = nk >= 32 ? ~0u : (1u << nk) - 1;
@@ -393,11 +395,13 @@ static inline __attribute__((always_inline)) void load_pairs(__m512i t[16], cons
     }
     if (!by_x) transpose16(t);
   } else {
-    const __m512i weave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i weave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                                           19, 3, 18, 2, 17, 1, 16, 0);
     __mmask16 lanes = lanes16(nx);
     for (size_t pair = 0; pair < 16; pair++) {
       size_t k = 2 * pair, at = (k0 + k) * o->sk + x0;
-      __m512 a = k < nk ? load16(o, at, lanes) : _mm512_setzero_ps(), b = k + 1 < nk ? load16(o, at + o->sk, lanes) : _mm512_setzero_ps();
+      __m512 a = k < nk ? load16(o, at, lanes) : _mm512_setzero_ps(),
+             b = k + 1 < nk ? load16(o, at + o->sk, lanes) : _mm512_setzero_ps();
       if (o->scale) {
         a = _mm512_mul_ps(a, _mm512_set1_ps(k < nk ? o->scale[k0 + k] : 0));
         b = _mm512_mul_ps(b, _mm512_set1_ps(k + 1 < nk ? o->scale[k0 + k + 1] : 0));
@@ -567,8 +571,7 @@ The loops around the tile (the scheme of GotoBLAS): a block of B, kc x NC, is pa
 blocks of rows of A, packs them for itself and runs over the tiles. Where there are few rows, the columns are shared out as well.
 scratch: gemm_scratch_bytes(), aligned to 64.
 */
-static void gemm(const Product *g, void *scratch) {
-  const Kernel *k = gemm_kernel(g);
+static void gemm_by(const Kernel *k, const Product *g, void *scratch) {
   char *b_block = (char *)scratch, *a_blocks = b_block + (size_t)KC_MAX * NC * sizeof(float);
   size_t threads = (size_t)thread_count();
   size_t mc = (g->M / (2 * threads) / k->mr + 1) * k->mr;
@@ -606,11 +609,15 @@ static void gemm(const Product *g, void *scratch) {
   }
 }
 
+static void gemm(const Product *g, void *scratch) {
+  gemm_by(gemm_kernel(g), g, scratch);
+}
+
 // ---------------------------------------------------------------------------------------------------------
 /*
 Small products without packing, for attention: c [I,J] (=, or += where load is set) a b with b [P,J] read in place, rows ldb apart, and
-a(i,p) = a[i*ai + p*ap], so a may lie transposed. Every element is summed over p in order, so its bits depend on its own row of a and column of
-b alone, however the rest is cut into tiles.
+a(i,p) = a[i*ai + p*ap], so a may lie transposed. Every element is summed over p in order, so its bits depend on its own row of a and
+column of b alone, however the rest is cut into tiles.
 */
 // The first n <= VL numbers at x as a vector, and back.
 static inline __attribute__((always_inline)) vfloat load_part(const float *x, size_t n) {
@@ -627,7 +634,8 @@ static inline __attribute__((always_inline)) void store_part(float *x, vfloat v,
 
 // I rows by V vectors of columns, `part` columns in each vector: VL, or fewer with V = 1.
 static inline __attribute__((always_inline)) void small_tile(float *c, size_t ldc, int load, const float *a, size_t ai, size_t ap,
-                                                             const float *b, size_t ldb, size_t P, const int I, const int V, size_t part) {
+                                                             const float *b, size_t ldb, size_t P, const int I, const int V,
+                                                             size_t part) {
   vfloat acc[4][4];
 #pragma GCC unroll 4
   for (int i = 0; i < I; i++) {
@@ -654,7 +662,8 @@ static inline __attribute__((always_inline)) void small_tile(float *c, size_t ld
 
 // All rows of V vectors of columns.
 static inline __attribute__((always_inline)) void small_columns(float *c, size_t ldc, int load, const float *a, size_t ai, size_t ap,
-                                                                const float *b, size_t ldb, size_t I, size_t P, const int V, size_t part) {
+                                                                const float *b, size_t ldb, size_t I, size_t P, const int V,
+                                                                size_t part) {
   size_t i = 0;
   for (; i + 4 <= I; i += 4) small_tile(c + i * ldc, ldc, load, a + i * ai, ai, ap, b, ldb, P, 4, V, part);
   for (; i < I; i++) small_tile(c + i * ldc, ldc, load, a + i * ai, ai, ap, b, ldb, P, 1, V, part);
@@ -664,9 +673,12 @@ static void small_product(float *c, size_t ldc, int load, const float *a, size_t
                           size_t I, size_t J, size_t P) {
   size_t j = 0;
   for (; j + 4 * VL <= J; j += 4 * VL) small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 4, VL);
+  for (; j + 3 * VL <= J; j += 3 * VL) small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 3, VL);
   for (; j + 2 * VL <= J; j += 2 * VL) small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 2, VL);
   for (; j + VL <= J; j += VL) small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 1, VL);
-  if (j < J) small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 1, J - j);   // still vectors: the same instruction rounds the same way
+  if (j < J)
+    small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 1,
+                  J - j);   // still vectors: the same instruction rounds the same way
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -706,7 +718,8 @@ static void ternary_pack_panels(uint8_t *panels, const int8_t *codes, size_t N, 
       __m512i t[16];
       __mmask64 lanes = K - k >= 64 ? ~0ull : (1ull << (K - k)) - 1;
       for (size_t lane = 0; lane < 16; lane++) {
-        t[lane] = lane < rows ? _mm512_maskz_add_epi8(lanes, _mm512_maskz_loadu_epi8(lanes, in + lane * K + k), _mm512_set1_epi8(1)) : _mm512_setzero_si512();
+        t[lane] = lane < rows ? _mm512_maskz_add_epi8(lanes, _mm512_maskz_loadu_epi8(lanes, in + lane * K + k), _mm512_set1_epi8(1))
+                              : _mm512_setzero_si512();
       }
       transpose16(t);
       for (size_t g = 0; g < 16; g++) _mm512_storeu_si512(out + g * 64, t[g]);
@@ -733,7 +746,8 @@ sums (=) [rows][n_panels*16]: the raw sums of (code + 1) * q for `rows` rows of 
 panels. Called with constant rows and n_panels, so that each call site becomes its own unrolled kernel. The plain form is all there is on
 other machines, and what the tests compare the fast ones with.
 */
-UNUSED static inline void tile_i8_scalar(int32_t *sums, const int8_t *q, const uint8_t *panels, size_t K, const int rows, const int n_panels) {
+UNUSED static inline void tile_i8_scalar(int32_t *sums, const int8_t *q, const uint8_t *panels, size_t K, const int rows,
+                                         const int n_panels) {
   size_t groups = ternary_groups(K);
   for (int i = 0; i < rows; i++) {
     for (int j = 0; j < n_panels; j++) {
@@ -847,7 +861,8 @@ static inline void i8_store(const I8Result *r, const int32_t *RESTRICT sum, int3
 }
 
 // Rows m0 .. m0+rows-1 against panels p0 .. p1-1, which lie at `panels`. excess [rows]: the sum of each row's codes.
-static void i8_block(const I8Result *r, const int8_t *q, const uint8_t *panels, const int32_t *excess, size_t m0, size_t rows, size_t p0, size_t p1, size_t K) {
+static void i8_block(const I8Result *r, const int8_t *q, const uint8_t *panels, const int32_t *excess, size_t m0, size_t rows,
+                     size_t p0, size_t p1, size_t K) {
   size_t stride = ternary_groups(K) * I8_WIDTH * 4;
   for (size_t p = p0; p < p1; p += 4) {
     size_t width = p1 - p < 4 ? p1 - p : 4, i = 0;
@@ -914,6 +929,91 @@ static void gemm_i8(float *out, int32_t *exact, const int8_t *q, const float *s,
     }
     if (amx_ready()) amx_end();
   }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+/*
+What the machine can do: the innermost instruction of each kernel in a loop that touches no memory. Each returns the operations of one
+call of `steps` steps; the caller times it on all threads at once. *sink keeps the compiler from dropping the work.
+*/
+static double peak_loop_f32(size_t steps, float *sink) {
+  vfloat acc[MR][2], x = {0}, y = {0};
+  x += *sink;
+  y += *sink + 0.5f;
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; i++) acc[i][0] = acc[i][1] = x + (float)i;
+  for (size_t s = 0; s < steps; s++) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++) {
+      acc[i][0] = acc[i][0] * y + x;
+      acc[i][1] = acc[i][1] * x + y;
+    }
+  }
+  for (int i = 0; i < MR; i++) *sink += (acc[i][0] + acc[i][1])[0];
+  return 2.0 * (double)steps * MR * 2 * VL;
+}
+
+static double peak_loop_bf16(size_t steps, float *sink) {
+#ifdef BITNET_AMX
+  if (amx_ready()) {
+    _tile_zero(4);
+    _tile_zero(5);
+    for (size_t s = 0; s < steps; s++) {
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_dpbf16ps(1, 4, 5);
+      _tile_dpbf16ps(2, 4, 5);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+    (void)sink;
+    return 2.0 * (double)steps * 4 * 16 * 16 * 32;
+  }
+#endif
+#ifdef BITNET_BF16
+  __m512 acc[16];
+  __m512i x = _mm512_set1_epi32((int)*sink);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_ps();
+  for (size_t s = 0; s < steps; s++) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)x, (__m512bh)x);
+    __asm__ volatile("" : "+v"(x));
+  }
+  for (int i = 0; i < 16; i++) *sink += _mm512_reduce_add_ps(acc[i]);
+  return 2.0 * (double)steps * 16 * 32;
+#else
+  return peak_loop_f32(steps, sink);
+#endif
+}
+
+static double peak_loop_i8(size_t steps, float *sink) {
+#ifdef BITNET_AMX
+  if (amx_ready()) {
+    _tile_zero(4);
+    _tile_zero(5);
+    for (size_t s = 0; s < steps; s++) {
+      _tile_dpbsud(0, 4, 5);
+      _tile_dpbsud(1, 4, 5);
+      _tile_dpbsud(2, 4, 5);
+      _tile_dpbsud(3, 4, 5);
+    }
+    (void)sink;
+    return 2.0 * (double)steps * 4 * 16 * 16 * 64;
+  }
+#endif
+#ifdef BITNET_VNNI
+  __m512i acc[16], x = _mm512_set1_epi32((int)*sink);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) acc[i] = x;
+  for (size_t s = 0; s < steps; s++) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) acc[i] = _mm512_dpbusd_epi32(acc[i], x, x);
+    __asm__ volatile("" : "+v"(x));
+  }
+  for (int i = 0; i < 16; i++) *sink += (float)_mm512_reduce_add_epi32(acc[i]);
+  return 2.0 * (double)steps * 16 * 64;
+#else
+  return peak_loop_f32(steps, sink);
+#endif
 }
 
 #endif

@@ -83,15 +83,15 @@ static inline ivec ivec_add(ivec a, ivec b) { return vreinterpretq_u8_s32(vaddq_
 
 // ---------------------------------------------------------------------------------------------------------
 /*
-The layout of packed weights. As in matmul.h a panel is 16 outputs wide, and the 64 bytes of a vector belong to 16 outputs x 4 neighbouring k.
-A panel is a row of units; a unit holds UNIT_K values of k:
+The layout of packed weights. As in matmul.h a panel is 16 outputs wide, and the 64 bytes of a vector belong to 16 outputs x 4
+neighbouring k. A panel is a row of units; a unit holds UNIT_K values of k:
 
     2 bits     1 vector of 64 bytes: four codes a byte, for k, k+4, k+8, k+12 from the lowest bits up                16 k
     1.67 bits  5 vectors: an index of 5 bits stands for three codes, since 3^3 = 27 <= 32, and is looked up in a
                table; 8 indices of 5 bits share 5 bytes                                                              96 k
 
-Looking 64 indices up at once takes an instruction of its own (VBMI); machines that have it use the second form, which is 1/6 less to read.
-After the look-up both forms are the same: bytes with FIELDS codes.
+Looking 64 indices up at once takes an instruction of its own (VBMI); machines that have it use the second form, which is 1/6 less to
+read. After the look-up both forms are the same: bytes with FIELDS codes.
 */
 #if defined(BITNET_VNNI) && defined(__AVX512VBMI__)
 #define BITNET_THIRDS 1
@@ -144,7 +144,8 @@ static void unit_set(uint8_t *unit, const uint8_t *fields) {
 #ifdef BITNET_THIRDS
   unsigned index[8];
   for (int i = 0; i < 8; i++) index[i] = (fields[i] & 3u) + (fields[i] >> 2 & 3u) * 3 + (fields[i] >> 4 & 3u) * 9;
-  unsigned high[5] = {index[5] & 7, index[6] & 7, index[7] & 7, index[5] >> 3 | (index[7] >> 3 & 1) << 2, index[6] >> 3 | index[7] >> 4 << 2};
+  unsigned high[5] = {index[5] & 7, index[6] & 7, index[7] & 7, index[5] >> 3 | (index[7] >> 3 & 1) << 2,
+                      index[6] >> 3 | index[7] >> 4 << 2};
   for (int i = 0; i < 5; i++) unit[64 * i] = (uint8_t)(index[i] | high[i] << 5);
 #else
   unit[0] = fields[0];
@@ -224,11 +225,12 @@ static inline __attribute__((always_inline)) ivec field_of(ivec v, int f) {
 #endif
 
 /*
-sums (=) [panels][rows][16]: the raw sums of (code + 1) * q of one or two panels, `apart` bytes from each other, against `rows` rows of activations,
-`stride` apart and padded with zeros to whole units. Two streams through memory are read faster than one, if they are not too close together.
-The plain twin is all there is on machines without byte dot products.
+sums (=) [panels][rows][16]: the raw sums of (code + 1) * q of one or two panels, `apart` bytes from each other, against `rows` rows of
+activations, `stride` apart and padded with zeros to whole units. Two streams through memory are read faster than one, if they are not
+too close together. The plain twin is all there is on machines without byte dot products.
 */
-UNUSED static void packed_rows_scalar(int32_t *sums, const int8_t *q, size_t stride, const uint8_t *panel, size_t apart, size_t units, int rows, int panels) {
+UNUSED static void packed_rows_scalar(int32_t *sums, const int8_t *q, size_t stride, const uint8_t *panel, size_t apart, size_t units,
+                                      int rows, int panels) {
   memset(sums, 0, (size_t)(panels * rows) * I8_WIDTH * sizeof *sums);
   for (size_t at = 0; at < (size_t)panels * units * 64; at++) {
     size_t p = at / (units * 64), u = at / 64 % units, byte = at % 64;
@@ -244,8 +246,9 @@ UNUSED static void packed_rows_scalar(int32_t *sums, const int8_t *q, size_t str
 }
 
 #ifdef IVEC
-static inline __attribute__((always_inline)) void packed_rows_fixed(int32_t *sums, const int8_t *q, size_t stride, const uint8_t *panel, size_t apart,
-                                                                    size_t units, const int rows, const int panels) {
+static inline __attribute__((always_inline)) void packed_rows_fixed(int32_t *sums, const int8_t *q, size_t stride,
+                                                                    const uint8_t *panel, size_t apart, size_t units, const int rows,
+                                                                    const int panels) {
   for (size_t part = 0; part < 64 / IVEC; part++) {
     for (size_t first = 0; first < units; first += SUM_UNITS) {
       size_t end = units - first < SUM_UNITS ? units : first + SUM_UNITS;
@@ -297,7 +300,8 @@ static inline __attribute__((always_inline)) void packed_rows_fixed(int32_t *sum
 }
 
 // Each number of rows and panels is a kernel of its own; more than two rows fill the registers with one panel.
-static void packed_rows(int32_t *sums, const int8_t *q, size_t stride, const uint8_t *panel, size_t apart, size_t units, int rows, int panels) {
+static void packed_rows(int32_t *sums, const int8_t *q, size_t stride, const uint8_t *panel, size_t apart, size_t units, int rows,
+                        int panels) {
   switch (rows * 2 + panels) {
     case 3: packed_rows_fixed(sums, q, stride, panel, apart, units, 1, 1); break;
     case 4: packed_rows_fixed(sums, q, stride, panel, apart, units, 1, 2); break;
@@ -318,8 +322,8 @@ static void packed_rows(int32_t *sums, const int8_t *q, size_t stride, const uin
 
 enum { UNPACKED = 4 };   // panels that a thread has unpacked at a time
 
-// panels (=) `count` neighbouring panels as bytes code + 1. What lies beyond K is arbitrary: it meets zeros. The last panel may need the room
-// of a unit more than it has.
+// panels (=) `count` neighbouring panels as bytes code + 1. What lies beyond K is arbitrary: it meets zeros. The last panel may need
+// the room of a unit more than it has.
 static void packed_unpack(uint8_t *panels, const uint8_t *packed, size_t count, size_t K) {
   size_t units = packed_units(K);
   for (size_t panel = 0; panel < count; panel++) {
@@ -370,8 +374,8 @@ static int32_t sum_of_codes(const int8_t *q, size_t K) {
 What gemm_i8 computes, from packed weights: out (=) [M,N], the same bits. exact: NULL, or the int32 sums [M,N] for tests.
 Threads share the outputs out, each reads its own part of the weights once.
 */
-static void packed_i8(float *out, int32_t *exact, const int8_t *q, const float *s, const uint8_t *packed, const float *gamma, const float *bias,
-                      const float *residual, size_t M, size_t N, size_t K, void *scratch) {
+static void packed_i8(float *out, int32_t *exact, const int8_t *q, const float *s, const uint8_t *packed, const float *gamma,
+                      const float *bias, const float *residual, size_t M, size_t N, size_t K, void *scratch) {
   const I8Result result = {out, exact, s, gamma, bias, residual, N};
   size_t n_panels = (N + I8_WIDTH - 1) / I8_WIDTH, units = packed_units(K), bytes = units * UNIT_BYTES;
   if (M <= FEW_ROWS) {
@@ -469,15 +473,16 @@ with bytes h, l. The product of the rounded ones is exact in integers, and by Ca
 
     |x.w_n - x~.w~_n|  <=  |x| |w_n - w~_n| + |x - x~| |w~_n|
 
-where the norms of the rows are computed once. The logit that the exact kernel returns differs from x.w_n by the rounding of its sums, at
-most K 2^-24 |x| |w_n| and a little more where numbers are tiny; twice that is taken. So every logit lies below upper_n = x~.w~_n + bound_n.
-The row that looks best is scored by the exact kernel; rows with upper_n below its logit are out, and the rest, usually a few
+where the norms of the rows are computed once. The logit that the exact kernel returns differs from x.w_n by the rounding of its sums,
+at most K 2^-24 |x| |w_n| and a little more where numbers are tiny; twice that is taken. So every logit lies below upper_n = x~.w~_n +
+bound_n. The row that looks best is scored by the exact kernel; rows with upper_n below its logit are out, and the rest, usually a few
 hundred of a hundred thousand, are scored exactly, too. The result is the argmax of the exact logits, always: where the
 bound is of no use (rows of very different size, ties, all equal), more rows are scored, at worst all of them.
 
-Layout: panels of 16 rows. A panel begins with the 16 scales, the 16 errors (a bound of |w - w~|, and of the kernel's rounding, per |x|) and the 16
-norms (a bound of |w~|) of its rows. Behind them units of 3 x 64 bytes hold 16 rows x 16 values of k each: byte 4 i + j of vector u has in its
-low six bits the code + 32 of row i, k = 4 u + j; the codes of k = 12 + j lie in the high two bits of the three vectors, highest bits first.
+Layout: panels of 16 rows. A panel begins with the 16 scales, the 16 errors (a bound of |w - w~|, and of the kernel's rounding, per
+|x|) and the 16 norms (a bound of |w~|) of its rows. Behind them units of 3 x 64 bytes hold 16 rows x 16 values of k each: byte 4 i + j
+of vector u has in its low six bits the code + 32 of row i, k = 4 u + j; the codes of k = 12 + j lie in the high two bits of the three
+vectors, highest bits first.
 */
 enum { SCREEN_K = 16, SCREEN_BYTES = 192, SCREEN_K_MAX = 1 << 18, RESCORED = 256 };   // RESCORED: rows that are scored exactly at a time
 #define TINY_ 0x1p-126   // the bf16 instructions take smaller numbers for zeros
@@ -569,8 +574,8 @@ static void screen_digits(ScreenRow *d, const float *x, size_t K, size_t stride)
   d->error = (float)((sqrt(error) + TINY_ * sqrt((double)K)) * (1 + 1e-6));
 }
 
-// sums (=) [panels][2][16]: the raw sums with the high and the low digits of one or two panels, `apart` bytes from each other, from the first
-// unit on.
+// sums (=) [panels][2][16]: the raw sums with the high and the low digits of one or two panels, `apart` bytes from each other, from
+// the first unit on.
 UNUSED static void screen_panels_scalar(int32_t *sums, const ScreenRow *d, const uint8_t *panel, size_t apart, size_t units, int panels) {
   memset(sums, 0, (size_t)panels * 2 * I8_WIDTH * sizeof *sums);
   for (size_t at = 0; at < (size_t)panels * units * 64; at++) {
@@ -626,8 +631,10 @@ static void screen_panels(int32_t *sums, const ScreenRow *d, const uint8_t *pane
 #define screen_panels screen_panels_scalar
 #endif
 
-// upper (=) [16], an upper bound of each logit of one panel, and value (=) [16], the screened logits; -infinity behind the first `rows` of them.
-static void screen_bound(float *RESTRICT upper, float *RESTRICT value, const ScreenRow *d, const uint8_t *panel, const int32_t *RESTRICT sums, size_t rows) {
+// upper (=) [16], an upper bound of each logit of one panel, and value (=) [16], the screened logits; -infinity behind the first
+// `rows` of them.
+static void screen_bound(float *RESTRICT upper, float *RESTRICT value, const ScreenRow *d, const uint8_t *panel,
+                         const int32_t *RESTRICT sums, size_t rows) {
   const float *RESTRICT scale = (const float *)panel, *RESTRICT error = scale + I8_WIDTH, *RESTRICT norm = error + I8_WIDTH;
   float x_scale = d->scale, x_norm = d->norm, x_error = d->error;
   int32_t high = d->excess_high, low = d->excess_low;
@@ -669,9 +676,9 @@ static void screen_rescore(float *scores, const Product *g, size_t r, const int 
 }
 
 /*
-best (=) [M]: for each row of A the argmax over n < V of what gemm would compute, the first of equals. g: A [M,K] with a_row = K; B or B_half row by
-row [N,K]; C is not used. Rows of A for which no bound holds (infinite or NaN, or products near the end of the range) get -1: the caller computes all
-logits.
+best (=) [M]: for each row of A the argmax over n < V of what gemm would compute, the first of equals. g: A [M,K] with a_row = K; B or
+B_half row by row [N,K]; C is not used. Rows of A for which no bound holds (infinite or NaN, or products near the end of the range) get
+-1: the caller computes all logits.
 */
 static void screen_argmax(int *best, const Product *g, const Screen *s, size_t V, void *scratch) {
   size_t K = g->K, units = screen_units(K), stride = units * SCREEN_K, panels = (V + I8_WIDTH - 1) / I8_WIDTH;

@@ -36,8 +36,8 @@ QUANT_FN float ternary_gamma(float mean_abs) {
 }
 
 QUANT_FN int ternary_code(float w, float inverse_gamma) {
-  float r = rintf(w * inverse_gamma);
-  return r > 0 ? 1 : r < 0 ? -1 : 0;
+  float x = w * inverse_gamma;   // beyond one half it rounds to 1 or more; one half itself is a tie and goes to the even 0
+  return (x > 0.5f) - (x < -0.5f);
 }
 
 /*

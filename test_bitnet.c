@@ -20,7 +20,7 @@ the real function is called; the system's headers must have been read before.
 #include <glob.h>
 #include <sys/mman.h>
 static long test_allocations;      // calls that may ask for memory
-static size_t test_device_bytes;   // that the CPU's dev_malloc has asked for
+UNUSED static size_t test_device_bytes;   // that the CPU's dev_malloc has asked for
 #define malloc(n) (test_allocations++, malloc(n))
 #define calloc(n, size) (test_allocations++, calloc(n, size))
 #define realloc(p, n) (test_allocations++, realloc(p, n))
@@ -42,6 +42,8 @@ static size_t test_device_bytes;   // that the CPU's dev_malloc has asked for
 #include "dev/test/test_options.h"     // OPTIONS_TESTS
 #include "dev/test/test_reference.h"   // REFERENCE_TESTS
 #include "dev/test/test_run.h"         // RUN_TESTS
+#include "dev/test/test_shards.h"      // SHARD_TESTS
+#include "dev/test/test_tokenizer.h"   // TOKENIZER_TESTS
 
 static const Test tests[] = {
   OPS_TESTS,
@@ -49,6 +51,8 @@ static const Test tests[] = {
   INFER_TESTS,
   REFERENCE_TESTS,
   DATA_TESTS,
+  SHARD_TESTS,
+  TOKENIZER_TESTS,
   FILES_TESTS,
   OPTIONS_TESTS,
   RUN_TESTS,
@@ -56,6 +60,9 @@ static const Test tests[] = {
 
 int main(int argc, char **argv) {
   const char *filter = argc > 1 ? argv[1] : NULL;
+#ifdef BITNET_MATMUL_H
+  wait_briefly(argv);
+#endif
   dev_init(0);
   printf("%s\n", dev_name());
   if (filter && strcmp(filter, "--list") == 0) {

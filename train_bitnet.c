@@ -58,16 +58,28 @@ static int physical_cores(void) {
   return cores > 0 ? cores : 1;
 }
 
+// The CPUs that a container may use, rounded up; 0 where nothing limits them.
+static int container_cpus(void) {
+  double quota = 0, period = 0;
+  FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");
+  if (f == NULL) return 0;
+  int n = fscanf(f, "%lf %lf", &quota, &period);   // "max 100000" without a limit
+  fclose(f);
+  return n == 2 && period > 0 ? (int)ceil(quota / period) : 0;
+}
+
 int dev_init(int threads) {
 #ifdef _OPENMP
   if (threads <= 0) {
-    int cores = physical_cores(), allowed = omp_get_num_procs();
+    int cores = physical_cores(), allowed = omp_get_num_procs(), quota = container_cpus();
     threads = cores < allowed ? cores : allowed;
+    if (quota > 0 && quota < threads) threads = quota;
     if (getenv("OMP_NUM_THREADS")) threads = omp_get_max_threads();
   }
   omp_set_num_threads(threads);
 #else
   (void)physical_cores;
+  (void)container_cpus;
   (void)threads;
 #endif
   return thread_count();
@@ -162,6 +174,47 @@ void dev_floatx_out(float *dst, const floatX *src, size_t n) {
   memcpy(dst, src, n * sizeof(float));
 }
 
+// The best of several calls of a peak loop on all threads, operations a second.
+static double best_rate(double (*loop)(size_t, float *), size_t steps) {
+  double best = 0;
+  for (int run = 0; run < 10; run++) {
+    double operations = 0, t0 = time_now();
+#pragma omp parallel reduction(+ : operations)
+    {
+      float sink = 0;
+      if (amx_ready()) amx_begin();
+      operations += loop(steps, &sink);
+      if (amx_ready()) amx_end();
+      if (sink != 0) operations += 1;   // never; but the compiler does not know
+    }
+    double rate = operations / (time_now() - t0);
+    best = rate > best ? rate : best;
+  }
+  return best;
+}
+
+void dev_peaks(Peaks *p) {
+  size_t bytes = (size_t)256 << 20;   // larger than the caches of most machines
+  float *x = (float *)dev_malloc(bytes);
+  p->fp32 = best_rate(peak_loop_f32, 1 << 20);
+  p->bf16 = best_rate(peak_loop_bf16, 1 << 20);
+  p->int8 = best_rate(peak_loop_i8, 1 << 20);
+  p->read = 0;
+  for (int run = 0; run < 5 && x; run++) {
+    double t0 = time_now(), sum = 0;
+#pragma omp parallel for schedule(static) reduction(+ : sum)
+    for (size_t k = 0; k < bytes / 4096; k++) {
+      float part = 0;
+#pragma omp simd reduction(+ : part)
+      for (size_t i = 0; i < 1024; i++) part += x[k * 1024 + i];
+      sum += (double)part;
+    }
+    double rate = (double)bytes / (time_now() - t0);
+    if (sum == 0 && rate > p->read) p->read = rate;   // the memory is zeroed, so the sum is 0
+  }
+  dev_free(x);
+}
+
 // The largest of: packed operands of a product; two rows for each thread; one partial sum for each chunk of rows; a number for each
 // row and thread; unpacked weights.
 size_t ops_scratch_bytes(size_t max_rows, size_t max_n, size_t max_k) {
@@ -183,7 +236,8 @@ void ops_set_scratch(void *scratch, size_t bytes) {
 }
 
 static float *scratch_floats(size_t n) {
-  if (n * sizeof(float) > scratch_.bytes) die(EXIT_FAILED, "bug: an op needs %zu bytes of scratch, %zu reserved", n * sizeof(float), scratch_.bytes);
+  if (n * sizeof(float) > scratch_.bytes)
+    die(EXIT_FAILED, "bug: an op needs %zu bytes of scratch, %zu reserved", n * sizeof(float), scratch_.bytes);
   return (float *)scratch_.data;
 }
 
@@ -366,7 +420,8 @@ static void rmsnorm_backward_row(float *RESTRICT dx, float *RESTRICT dgain, cons
   }
 }
 
-void rmsnorm_backward(floatX *dx, float *dgain, const floatX *dout, const floatX *x, const float *gain, const float *rstd, int R, int C) {
+void rmsnorm_backward(floatX *dx, float *dgain, const floatX *dout, const floatX *x, const float *gain, const float *rstd, int R,
+                      int C) {
   int chunks = (R + ROWS_PER_CHUNK - 1) / ROWS_PER_CHUNK;
   float *partial = scratch_floats((size_t)chunks * C);
 #pragma omp parallel for schedule(static)
@@ -506,6 +561,21 @@ void weight_pack_codes(BitWeight *w, int part, const int8_t *codes, float gamma)
   pack_part(w, part, NULL, codes, gamma);
 }
 
+void weight_changes(int64_t *counts, int8_t *codes, const float *master, int rows, int K) {
+  size_t n = (size_t)rows * K;
+  float inverse = 1.0f / matrix_gamma(master, n);
+  int64_t zeros = 0, changed = 0;
+#pragma omp parallel for schedule(static) reduction(+ : zeros, changed)
+  for (size_t i = 0; i < n; i++) {
+    int8_t code = (int8_t)ternary_code(master[i], inverse);
+    zeros += code == 0;
+    changed += code != codes[i];
+    codes[i] = code;
+  }
+  counts[0] = zeros;
+  counts[1] = changed;
+}
+
 void bitweight_codes(int8_t *codes, const BitWeight *w) {
   size_t N = (size_t)w->N, K = (size_t)w->K;
   if (!w->packed) memcpy(codes, w->data, N * K);
@@ -553,7 +623,8 @@ void bitlinear_forward(floatX *out, const QAct *x, const BitWeight *w, const flo
     gemm(&g, scratch_floats(gemm_scratch_bytes() / sizeof(float)));
 #pragma omp parallel for schedule(static)
     for (size_t r = 0; r < (size_t)R; r++) {
-      for (size_t n = 0; n < N; n++) out[r * N + n] = out[r * N + n] * w->gamma[n] + (w->bias ? w->bias[n] : 0.0f) + (residual ? residual[r * N + n] : 0.0f);
+      for (size_t n = 0; n < N; n++)
+        out[r * N + n] = out[r * N + n] * w->gamma[n] + (w->bias ? w->bias[n] : 0.0f) + (residual ? residual[r * N + n] : 0.0f);
     }
   } else {
     g.bias = w->bias;
@@ -634,6 +705,11 @@ static float dot_product(const float *RESTRICT a, const float *RESTRICT b, int n
   return sum;
 }
 
+// The keys of a block that are scored where n are seen: a little more, so that whole vectors are.
+static size_t whole_vectors(int n) {
+  return ((size_t)n + 15) / 16 * 16;
+}
+
 // out (=) [HS][KEYS]: n <= KEYS rows of HS numbers, `stride` apart, transposed; the missing ones are zeros.
 static void transpose_block(float *RESTRICT out, const float *x, size_t stride, int n, int HS) {
   if (n < KEYS) memset(out, 0, (size_t)HS * KEYS * sizeof(float));
@@ -645,9 +721,9 @@ static void transpose_block(float *RESTRICT out, const float *x, size_t stride, 
 /*
 One query meets one block of keys: p [KEYS] holds the products q.k_j and becomes exp(q.k_j / sqrt(HS) - top); the first n keys count.
 
-Softmax needs the largest score to stay in range, which is only known at the end, so the sums so far carry the largest score seen so far
-(top) and are scaled down whenever a block raises it ("online softmax"): nothing of size T x T is stored. sum and out [HS] are such sums. The
-first block of a query starts with top = -infinity.
+Softmax needs the largest score to stay in range, which is only known at the end, so the sums so far carry the largest score seen so
+far (top) and are scaled down whenever a block raises it ("online softmax"): nothing of size T x T is stored. sum and out [HS] are such
+sums. The first block of a query starts with top = -infinity.
 */
 static __attribute__((noinline)) void softmax_block(float *RESTRICT p, float *top, float *sum, float *RESTRICT out, int n, int HS) {
   float scale = 1.0f / sqrtf((float)HS), high = *top, total = 0;
@@ -675,12 +751,13 @@ static int document_end(const int *start, int t, int T) {
 }
 
 /*
-One head of one row of the batch: out (=) sum_j p_j v_j with p = softmax_j(q.k_j / sqrt(HS)), document by document. The keys come in blocks that are
-counted from the document's first token; each is transposed once, so that a product with it runs along its keys, and is met by
-all queries of the document that may see it. The bits of a query's result depend only on its own document up to itself, and cached decoding
-below takes the same steps.
+One head of one row of the batch: out (=) sum_j p_j v_j with p = softmax_j(q.k_j / sqrt(HS)), document by document. The keys come in
+blocks that are counted from the document's first token; each is transposed once, so that a product with it runs along its keys, and is
+met by all queries of the document that may see it. The bits of a query's result depend only on its own document up to itself, and
+cached decoding below takes the same steps.
 */
-static void attend_head(floatX *out, float *lse, const floatX *q, const floatX *k, const floatX *v, const int *start, float *sums, int T, int NH, int QKV, int HS) {
+static void attend_head(floatX *out, float *lse, const floatX *q, const floatX *k, const floatX *v, const int *start, float *sums,
+                        int T, int NH, int QKV, int HS) {
   float kt[KEYS * HEAD_MAX], p[QUERIES * KEYS];
   size_t width = (size_t)NH * HS;
   for (int t = 0; t < T; t++) {
@@ -695,12 +772,14 @@ static void attend_head(floatX *out, float *lse, const floatX *q, const floatX *
       transpose_block(kt, k + (size_t)j0 * QKV, (size_t)QKV, n, HS);
       for (int t0 = j0; t0 < end; t0 += QUERIES) {
         int m = end - t0 < QUERIES ? end - t0 : QUERIES, seen = t0 + m - j0 < n ? t0 + m - j0 : n;   // keys that the last query sees
-        small_product(p, KEYS, 0, q + (size_t)t0 * QKV, (size_t)QKV, 1, kt, KEYS, (size_t)m, KEYS, (size_t)HS);
+        small_product(p, KEYS, 0, q + (size_t)t0 * QKV, (size_t)QKV, 1, kt, KEYS, (size_t)m, whole_vectors(seen), (size_t)HS);
         for (int i = 0; i < m; i++) {
           int t = t0 + i;
-          softmax_block(p + i * KEYS, &lse[(size_t)t * NH], &sums[t], out + (size_t)t * width, t - j0 + 1 < KEYS ? t - j0 + 1 : KEYS, HS);
+          softmax_block(p + i * KEYS, &lse[(size_t)t * NH], &sums[t], out + (size_t)t * width, t - j0 + 1 < KEYS ? t - j0 + 1 : KEYS,
+                        HS);
         }
-        small_product(out + (size_t)t0 * width, width, 1, p, KEYS, 1, v + (size_t)j0 * QKV, (size_t)QKV, (size_t)m, (size_t)HS, (size_t)seen);
+        small_product(out + (size_t)t0 * width, width, 1, p, KEYS, 1, v + (size_t)j0 * QKV, (size_t)QKV, (size_t)m, (size_t)HS,
+                      (size_t)seen);
       }
     }
     first = end;
@@ -733,29 +812,31 @@ s_j = scale q.k_j,   p_j = exp(s_j - lse),   o = sum_j p_j v_j             (j ru
   ds_j  = p_j (dp_j - sum_m p_m dp_m) the derivative of softmax; and sum_m p_m dp_m = do.o, one number D for each query
   dq   += scale ds_j k_j
   dk_j += scale ds_j q
-The probabilities are recomputed from lse, so the forward stores one number per query and head instead of a row of T. All five are small
-products between a block of queries and a block of keys. Each key/value head, with all the query heads that share it, is one task: nobody else
-writes its dk and dv.
+The probabilities are recomputed from lse, so the forward stores one number per query and head instead of a row of T. All five are
+small products between a block of queries and a block of keys. Each key/value head, with all the query heads that share it, is one
+task: nobody else writes its dk and dv.
 
 One query head against the keys from j0 on, n of them, of a document that ends at `end`; kt, vt: these keys and values transposed.
 */
-static void attend_backward_block(float *dq, float *dk, float *dv, const float *dout, const float *out, const float *lse, const float *q, const float *k,
-                                  const float *kt, const float *vt, int j0, int n, int end, int NH, int QKV, int HS) {
+static void attend_backward_block(float *dq, float *dk, float *dv, const float *dout, const float *out, const float *lse,
+                                  const float *q, const float *k, const float *kt, const float *vt, int j0, int n, int end, int NH,
+                                  int QKV, int HS) {
   float p[QUERIES * KEYS], ds[QUERIES * KEYS], scale = 1.0f / sqrtf((float)HS);
   size_t width = (size_t)NH * HS, stride = (size_t)QKV;
   for (int t0 = j0; t0 < end; t0 += QUERIES) {
     int m = end - t0 < QUERIES ? end - t0 : QUERIES, seen = t0 + m - j0 < n ? t0 + m - j0 : n;
+    int scored = (int)whole_vectors(seen);
     const float *qt = q + (size_t)t0 * stride, *dot = dout + (size_t)t0 * width;
-    small_product(p, KEYS, 0, qt, stride, 1, kt, KEYS, (size_t)m, KEYS, (size_t)HS);
-    small_product(ds, KEYS, 0, dot, width, 1, vt, KEYS, (size_t)m, KEYS, (size_t)HS);   // dp
+    small_product(p, KEYS, 0, qt, stride, 1, kt, KEYS, (size_t)m, (size_t)scored, (size_t)HS);
+    small_product(ds, KEYS, 0, dot, width, 1, vt, KEYS, (size_t)m, (size_t)scored, (size_t)HS);   // dp
     for (int i = 0; i < m; i++) {
       size_t t = (size_t)(t0 + i);
       float *RESTRICT pi = p + i * KEYS, *RESTRICT dsi = ds + i * KEYS, log_sum = lse[t * NH];
       float D = dot_product(dout + t * width, out + t * width, HS);
       int sees = (int)t - j0 + 1 < KEYS ? (int)t - j0 + 1 : KEYS;
-      for (int j = 0; j < KEYS; j++) pi[j] = exp_fast(pi[j] * scale - log_sum);
-      for (int j = sees; j < KEYS; j++) pi[j] = 0;
-      for (int j = 0; j < KEYS; j++) dsi[j] = pi[j] * (dsi[j] - D) * scale;
+      for (int j = 0; j < scored; j++) pi[j] = exp_fast(pi[j] * scale - log_sum);
+      for (int j = sees; j < scored; j++) pi[j] = 0;
+      for (int j = 0; j < scored; j++) dsi[j] = pi[j] * (dsi[j] - D) * scale;
     }
     size_t M = (size_t)m, S = (size_t)seen, H = (size_t)HS;
     small_product(dq + (size_t)t0 * stride, stride, 1, ds, KEYS, 1, k + (size_t)j0 * stride, stride, M, H, S);
@@ -783,8 +864,8 @@ void attention_backward(floatX *dqkv, const floatX *dout, const floatX *out, con
           transpose_block(vt, x + v_col + (size_t)j0 * QKV, (size_t)QKV, n, HS);
           for (int h = kvh * group; h < (kvh + 1) * group; h++) {
             size_t head = (row * NH + h) * HS;
-            attend_backward_block(dx + (size_t)h * HS, dx + k_col, dx + v_col, dout + head, out + head, lse + row * NH + h, x + (size_t)h * HS, k,
-                                  kt, vt, j0, n, end, NH, QKV, HS);
+            attend_backward_block(dx + (size_t)h * HS, dx + k_col, dx + v_col, dout + head, out + head, lse + row * NH + h,
+                                  x + (size_t)h * HS, k, kt, vt, j0, n, end, NH, QKV, HS);
           }
         }
         first = end;
@@ -794,8 +875,8 @@ void attention_backward(floatX *dqkv, const floatX *dout, const floatX *out, con
 }
 
 /*
-The same softmax against stored keys and values. Keys lie in the cache as the products want them: for each sequence and head, blocks of KEYS positions
-transposed, [capacity/KEYS][HS][KEYS]; values as [capacity][HS].
+The same softmax against stored keys and values. Keys lie in the cache as the products want them: for each sequence and head, blocks of
+KEYS positions transposed, [capacity/KEYS][HS][KEYS]; values as [capacity][HS].
 
 One head of m <= QUERIES neighbouring positions of one sequence, pos .. pos+m-1; kc, vc: the head's part of the caches.
 */
@@ -808,14 +889,16 @@ static void attend_cached(floatX *out, const floatX *q, const floatX *kc, const 
     sum[i] = 0;
   }
   for (int j0 = 0; j0 < pos + m; j0 += KEYS) {
-    int i0 = j0 > pos ? j0 - pos : 0, seen = pos + m - j0 < KEYS ? pos + m - j0 : KEYS;   // the first query that sees the block; keys that the last one sees
+    int i0 = j0 > pos ? j0 - pos : 0,
+        seen = pos + m - j0 < KEYS ? pos + m - j0 : KEYS;   // the first query that sees the block; keys that the last one sees
     size_t keys = (size_t)(seen + VL - 1) / VL * VL;   // whole vectors; what is beyond n does not count
     small_product(p, KEYS, 0, q + (size_t)i0 * stride, stride, 1, kc + (size_t)j0 * HS, KEYS, (size_t)(m - i0), keys, (size_t)HS);
     for (int i = i0; i < m; i++) {
       int n = pos + i - j0 + 1 < KEYS ? pos + i - j0 + 1 : KEYS;
       softmax_block(p + (i - i0) * KEYS, &top[i], &sum[i], out + (size_t)i * width, n, HS);
     }
-    small_product(out + (size_t)i0 * width, width, 1, p, KEYS, 1, vc + (size_t)j0 * HS, (size_t)HS, (size_t)(m - i0), (size_t)HS, (size_t)seen);
+    small_product(out + (size_t)i0 * width, width, 1, p, KEYS, 1, vc + (size_t)j0 * HS, (size_t)HS, (size_t)(m - i0), (size_t)HS,
+                  (size_t)seen);
   }
   for (int i = 0; i < m; i++) {
     for (int k = 0; k < HS; k++) out[(size_t)i * width + k] *= 1.0f / sum[i];
@@ -848,8 +931,8 @@ void attention_cached(floatX *out, floatX *kcache, floatX *vcache, const floatX 
     for (int h = 0; h < NH; h++) {
       int r = first[run];
       size_t base = ((size_t)seq[r] * NKV + h / (NH / NKV)) * head;
-      attend_cached(out + ((size_t)r * NH + h) * HS, qkv + (size_t)r * QKV + (size_t)h * HS, kcache + base, vcache + base, pos[r], first[run + 1] - r, NH,
-                    (int)QKV, HS);
+      attend_cached(out + ((size_t)r * NH + h) * HS, qkv + (size_t)r * QKV + (size_t)h * HS, kcache + base, vcache + base, pos[r],
+                    first[run + 1] - r, NH, (int)QKV, HS);
     }
   }
 }
@@ -874,6 +957,17 @@ static void glu_row(float *RESTRICT u, const float *RESTRICT gate_up, size_t F, 
     for (size_t f = 0; f < F; f++) u[f] = gate_value(gate_up[f], ACT_RELU2) * gate_up[F + f];
   } else {
     for (size_t f = 0; f < F; f++) u[f] = gate_value(gate_up[f], ACT_SILU) * gate_up[F + f];
+  }
+}
+
+// One row of the backward pass: dgate (=), dup (=) [F] from du, which may be dup.
+static inline __attribute__((always_inline)) void glu_slope_row(float *dgate, float *dup, const float *du, const float *RESTRICT gate,
+                                                                const float *RESTRICT up, size_t F, int act) {
+#pragma omp simd
+  for (size_t f = 0; f < F; f++) {
+    float d = du[f];
+    dgate[f] = d * up[f] * gate_slope(gate[f], act);
+    dup[f] = d * gate_value(gate[f], act);
   }
 }
 
@@ -916,11 +1010,8 @@ void glu_backward(floatX *dgate_up, float *dgain, floatX *dout, const floatX *ga
         rmsnorm_backward_row(dup, dg, du, dgate, gain, rstd[r], (size_t)F);
         memcpy(du, dup, (size_t)F * sizeof(float));
       }
-      for (int f = 0; f < F; f++) {
-        float d = du[f];
-        dgate[f] = d * up[f] * gate_slope(gate[f], act);
-        dup[f] = d * gate_value(gate[f], act);
-      }
+      if (act == ACT_RELU2) glu_slope_row(dgate, dup, du, gate, up, (size_t)F, ACT_RELU2);
+      else glu_slope_row(dgate, dup, du, gate, up, (size_t)F, ACT_SILU);
     }
   }
   if (gain) fold_chunks(dgain, partial, (size_t)chunks, (size_t)F);
@@ -1113,10 +1204,27 @@ void adamw_update(float *p, float *m, float *v, const float *g, size_t n, float 
 // ---------------------------------------------------------------------------------------------------------
 // The program. Tests include this file and bring their own main.
 
+/*
+A thread that waits for the others may spin or sleep. OpenMP's runtime spins for milliseconds, which is fine alone on a machine; beside
+other programs it takes the core from the very thread that it waits for, and a step becomes ten times slower. A few microseconds of
+spinning are as fast when alone. The runtime reads its settings before main begins, so the program sets them and starts itself once
+more.
+*/
+UNUSED static void wait_briefly(char **argv) {
+#ifdef _OPENMP
+  if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;   // the user's choice, or ours the second time
+  setenv("GOMP_SPINCOUNT", "1000", 1);
+  setenv("KMP_BLOCKTIME", "0", 0);
+  execv("/proc/self/exe", argv);   // returns only if it fails; then the waits are long, nothing else
+#endif
+  (void)argv;
+}
+
 #ifndef TESTING
 #include "modes/modes.h"   // the table of modes; everything above the ops
 
 int main(int argc, char **argv) {
+  wait_briefly(argv);
   return run_mode(argc, argv);
 }
 #endif

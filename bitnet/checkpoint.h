@@ -35,7 +35,8 @@ UNUSED static void config_from_options(Config *c, const Options *o) {
   c->layers = o->layers;
   c->heads = o->heads;
   c->kv_heads = o->kv_heads ? o->kv_heads : o->heads;
-  if (o->head_dim == 0 && o->dim % o->heads != 0) die(EXIT_USAGE, "dim=%d is not a multiple of heads=%d; set head_dim, or change one of them", o->dim, o->heads);
+  if (o->head_dim == 0 && o->dim % o->heads != 0)
+    die(EXIT_USAGE, "dim=%d is not a multiple of heads=%d; set head_dim, or change one of them", o->dim, o->heads);
   c->head_dim = o->head_dim ? o->head_dim : o->dim / o->heads;
   c->ffn_dim = o->ffn_dim;
   c->vocab = o->vocab;
@@ -104,7 +105,8 @@ UNUSED static void config_to_options(Options *o, Config *c) {
 UNUSED static const char *config_model_type(const Config *c, const char **architecture) {
   int plain = !c->qkv_bias && !c->o_bias && !c->qk_norm, quantised = c->act_bits == 8;
   *architecture = "BitNetForCausalLM";
-  if (quantised && c->attn_sub_norm && c->ffn_sub_norm && !c->qk_norm && c->qkv_bias == c->o_bias && c->heads * c->head_dim == c->dim) return "bitnet";
+  if (quantised && c->attn_sub_norm && c->ffn_sub_norm && !c->qk_norm && c->qkv_bias == c->o_bias && c->heads * c->head_dim == c->dim)
+    return "bitnet";
   *architecture = "LlamaForCausalLM";
   if (quantised && !c->attn_sub_norm && !c->ffn_sub_norm) {
     if (plain || (c->qkv_bias && c->o_bias && !c->qk_norm)) return "llama";
@@ -166,9 +168,12 @@ UNUSED static void config_put_json(StrBuf *b, const Config *c, const Tokenizer *
     else strbuf_printf(b, "  \"%s\": null,\n", names[i]);
   }
   strbuf_printf(b, "  \"torch_dtype\": \"float32\",\n");
-  strbuf_printf(b, "  \"quantization_config\": {\"quant_method\": \"bitnet\", \"linear_class\": \"autobitlinear\", \"quantization_mode\": \"online\", "
-                "\"use_rms_norm\": false, \"modules_to_not_convert\": null},\n");
-  strbuf_printf(b, "  \"bitnet_c\": {\"attn_sub_norm\": %d, \"ffn_sub_norm\": %d, \"qkv_bias\": %d, \"o_bias\": %d, \"qk_norm\": %d, \"act_bits\": %d, ",
+  strbuf_printf(b, "  \"quantization_config\": {\"quant_method\": \"bitnet\", \"linear_class\": \"autobitlinear\", "
+                   "\"quantization_mode\": \"online\", "
+                   "\"use_rms_norm\": false, \"modules_to_not_convert\": null},\n");
+  strbuf_printf(b,
+                "  \"bitnet_c\": {\"attn_sub_norm\": %d, \"ffn_sub_norm\": %d, \"qkv_bias\": %d, \"o_bias\": %d, \"qk_norm\": %d, "
+                "\"act_bits\": %d, ",
                 c->attn_sub_norm, c->ffn_sub_norm, c->qkv_bias, c->o_bias, c->qk_norm, c->act_bits);
   if (t) strbuf_printf(b, "\"tokenizer_hash\": \"%016llx\", ", (unsigned long long)tokenizer_hash(t));
   strbuf_printf(b, CONFIG_CRC_ "00000000\"}\n}\n");
@@ -188,8 +193,9 @@ typedef struct {
 } ModelClass_;
 
 static const ModelClass_ model_classes_[] = {
-    {"bitnet", 1, 0, 0, 2048, 0, 1e-5, 500000}, {"llama", 0, 0, 0, 2048, 0, 1e-6, 10000},   {"mistral", 0, 0, 0, 4096 * 32, 0, 1e-6, 10000},
-    {"qwen2", 0, 1, 0, 32768, 0, 1e-6, 10000},  {"qwen3", 0, 0, 1, 32768, 128, 1e-6, 10000}, {"bitnet_c", 0, 0, 0, 2048, 0, 1e-5, 10000}};
+    {"bitnet", 1, 0, 0, 2048, 0, 1e-5, 500000},      {"llama", 0, 0, 0, 2048, 0, 1e-6, 10000},
+    {"mistral", 0, 0, 0, 4096 * 32, 0, 1e-6, 10000}, {"qwen2", 0, 1, 0, 32768, 0, 1e-6, 10000},
+    {"qwen3", 0, 0, 1, 32768, 128, 1e-6, 10000},     {"bitnet_c", 0, 0, 0, 2048, 0, 1e-5, 10000}};
 
 // A whole number of config.json; exit 3 if it has another type. fallback INT_MIN: the field is required.
 static int config_int_(const char *path, const Json *object, const char *key, int fallback) {
@@ -199,7 +205,8 @@ static int config_int_(const char *path, const Json *object, const char *key, in
     return fallback;
   }
   if (v->type == JSON_BOOL) return (int)v->i;
-  if (v->type != JSON_INT || v->i < INT_MIN || v->i > INT_MAX) die(EXIT_DAMAGED, "%s: offset %zu: %s: expected an integer", path, v->offset, key);
+  if (v->type != JSON_INT || v->i < INT_MIN || v->i > INT_MAX)
+    die(EXIT_DAMAGED, "%s: offset %zu: %s: expected an integer", path, v->offset, key);
   return (int)v->i;
 }
 
@@ -236,7 +243,8 @@ static void config_read_rope_(const char *path, const Json *root, Config *c, dou
   c->rope_low_freq = config_number_(path, scaling, "low_freq_factor", 1);
   c->rope_high_freq = config_number_(path, scaling, "high_freq_factor", 4);
   c->rope_original_max = config_int_(path, scaling, "original_max_position_embeddings", 8192);
-  if (!(c->rope_factor > 0) || !(c->rope_high_freq > c->rope_low_freq)) die(EXIT_DAMAGED, "%s: the numbers of rope_scaling make no sense", path);
+  if (!(c->rope_factor > 0) || !(c->rope_high_freq > c->rope_low_freq))
+    die(EXIT_DAMAGED, "%s: the numbers of rope_scaling make no sense", path);
 }
 
 // Checks the CRC that config_put_json left in the text; a file of another program has none.
@@ -249,7 +257,8 @@ static void config_check_crc_(const char *path, char *text, size_t len) {
   if (strlen(found) == 8) memcpy(at, "00000000", 8);
   snprintf(digits, sizeof digits, "%08x", crc32_bytes(0, text, len));
   if (strcmp(digits, found) != 0)
-    die(EXIT_DAMAGED, "%s: offset %zu: crc32: expected %s, found \"%s\"; the file is damaged (if you edited it, delete the crc32 entry)", path,
+    die(EXIT_DAMAGED,
+        "%s: offset %zu: crc32: expected %s, found \"%s\"; the file is damaged (if you edited it, delete the crc32 entry)", path,
         (size_t)(at - text), digits, found);
 }
 
@@ -286,7 +295,8 @@ UNUSED static void config_read(Config *c, const char *dir) {
   c->tie_embeddings = config_int_(path, root, "tie_word_embeddings", 0);
   config_read_rope_(path, root, c, k->theta);
   const char *act = config_text_(path, root, "hidden_act", strcmp(type, "bitnet") == 0 ? "relu2" : "silu");
-  if (strcmp(act, "relu2") != 0 && strcmp(act, "silu") != 0) die(EXIT_USAGE, "%s: hidden_act '%s' is not supported; relu2 and silu are", path, act);
+  if (strcmp(act, "relu2") != 0 && strcmp(act, "silu") != 0)
+    die(EXIT_USAGE, "%s: hidden_act '%s' is not supported; relu2 and silu are", path, act);
   c->activation = strcmp(act, "relu2") == 0 ? ACT_RELU2 : ACT_SILU;
   if (config_int_(path, root, "mlp_bias", 0)) die(EXIT_USAGE, "%s: mlp_bias is not supported", path);
   c->o_bias = config_int_(path, root, "attention_bias", 0);
@@ -303,7 +313,8 @@ UNUSED static void config_read(Config *c, const char *dir) {
     c->act_bits = config_int_(path, own, "act_bits", 8);
   }
   if (quant && quant->type == JSON_OBJECT) {
-    const char *mode = config_text_(path, quant, "quantization_mode", "offline"), *method = config_text_(path, quant, "quant_method", "none");
+    const char *mode = config_text_(path, quant, "quantization_mode", "offline"),
+               *method = config_text_(path, quant, "quant_method", "none");
     if (strcmp(method, "bitnet") != 0 || strcmp(mode, "online") != 0)
       die(EXIT_USAGE, "%s: weights quantised by %s, %s, cannot be read; only float master weights can", path, method, mode);
     if (config_int_(path, quant, "use_rms_norm", 0)) die(EXIT_USAGE, "%s: use_rms_norm in quantization_config is not supported", path);
@@ -326,7 +337,8 @@ UNUSED static void checkpoint_path(char *out, size_t cap, const char *dir) {
   if (name) {
     char inside[4096];
     while (len > 0 && (name[len - 1] == '\n' || name[len - 1] == ' ')) name[--len] = 0;
-    if (len == 0 || strlen(name) != len || strchr(name, '/') || strcmp(name, "..") == 0) die(EXIT_DAMAGED, "%s: expected the name of a checkpoint, found '%.40s'", path, name);
+    if (len == 0 || strlen(name) != len || strchr(name, '/') || strcmp(name, "..") == 0)
+      die(EXIT_DAMAGED, "%s: expected the name of a checkpoint, found '%.40s'", path, name);
     path_join(inside, sizeof inside, dir, "checkpoints");
     path_join(out, cap, inside, name);
     free(name);
@@ -345,8 +357,8 @@ UNUSED static void checkpoint_path(char *out, size_t cap, const char *dir) {
 }
 
 /*
-The run that a checkpoint belongs to: RUN of RUN/checkpoints/step_NNNNNN. Exit 2 if the checkpoint does not lie in a run, or is not its newest: going
-on from an older one would overwrite the ones after it.
+The run that a checkpoint belongs to: RUN of RUN/checkpoints/step_NNNNNN. Exit 2 if the checkpoint does not lie in a run, or is not its
+newest: going on from an older one would overwrite the ones after it.
 */
 UNUSED static void checkpoint_run(char *run, size_t cap, const char *checkpoint) {
   static const char middle[] = "/checkpoints/";
@@ -359,7 +371,8 @@ UNUSED static void checkpoint_run(char *run, size_t cap, const char *checkpoint)
   char newest[4096];
   checkpoint_path(newest, sizeof newest, run);
   if (strcmp(strrchr(newest, '/'), slash) != 0)
-    die(EXIT_USAGE, "%s is not the newest checkpoint of its run (%s is); go on with resume=%s, or start a new run with init=%s", checkpoint, newest, run, checkpoint);
+    die(EXIT_USAGE, "%s is not the newest checkpoint of its run (%s is); go on with resume=%s, or start a new run with init=%s",
+        checkpoint, newest, run, checkpoint);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -371,8 +384,8 @@ static void check_shape_(const StFile *f, const StTensor *s, const Tensor *t) {
   if (!same) {
     StrBuf shape = {NULL, 0, 0};
     for (int i = 0; i < s->ndim; i++) strbuf_printf(&shape, "%s%zu", i ? "," : "", s->shape[i]);
-    die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: expected shape [%zu%s%.0zu], found [%s]", f->path, s->name, f->data_at + s->begin, t->shape[0],
-        t->ndim > 1 ? "," : "", t->ndim > 1 ? t->shape[1] : 0, shape.data ? shape.data : "");
+    die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: expected shape [%zu%s%.0zu], found [%s]", f->path, s->name, f->data_at + s->begin,
+        t->shape[0], t->ndim > 1 ? "," : "", t->ndim > 1 ? t->shape[1] : 0, shape.data ? shape.data : "");
   }
 }
 
@@ -381,7 +394,8 @@ static void load_part_(float *device, const StFile *f, const StTensor *s, size_t
   st_read_f32(f, s, host, first, n);
   for (size_t i = 0; i < n; i++) {
     if (!isfinite(host[i]))
-      die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: element %zu: expected a finite number, found %g", f->path, s->name, f->data_at + s->begin, first + i, (double)host[i]);
+      die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: element %zu: expected a finite number, found %g", f->path, s->name,
+          f->data_at + s->begin, first + i, (double)host[i]);
   }
   dev_copy_in(device, host, n * sizeof(float));
 }
@@ -424,8 +438,8 @@ static void refuse_surplus_(const Model *m, const StSet *set) {
 }
 
 /*
-Builds the model of a directory: config.json for its shape, safetensors for its parameters, whatever program wrote it. Every tensor must be there, with
-the right shape and finite values, and none may be left over. Exit 2 or 3 otherwise.
+Builds the model of a directory: config.json for its shape, safetensors for its parameters, whatever program wrote it. Every tensor
+must be there, with the right shape and finite values, and none may be left over. Exit 2 or 3 otherwise.
 */
 UNUSED static void model_load(Model *m, const char *dir, int precision) {
   Config c;
@@ -472,8 +486,8 @@ static void load_rows_(Head *h, const StFile *f, const StTensor *s, float *devic
 }
 
 /*
-The model of a directory in the form that only runs, at lambda = 1: the bits of model_load and model_quantize in about a sixteenth of the memory. Besides
-the model itself there is never more than one matrix in float. Exits as model_load does.
+The model of a directory in the form that only runs, at lambda = 1: the bits of model_load and model_quantize in about a sixteenth of
+the memory. Besides the model itself there is never more than one matrix in float. Exits as model_load does.
 */
 UNUSED static void model_load_frozen(Model *m, const char *dir, int precision) {
   Config c;
@@ -543,13 +557,16 @@ UNUSED static void checkpoint_tokenizer(Tokenizer *t, const char *dir) {
   if (expected[0]) {
     snprintf(hash, sizeof hash, "%016llx", (unsigned long long)tokenizer_hash(t));
     if (strcmp(hash, expected) != 0)
-      die(EXIT_DAMAGED, "%s/tokenizer.json: expected the vocabulary with hash %s that config.json names, found %s; the file is damaged or of another model", dir,
-          expected, hash);
+      die(EXIT_DAMAGED,
+          "%s/tokenizer.json: expected the vocabulary with hash %s that config.json names, found %s; the file is damaged or of "
+          "another model",
+          dir, expected, hash);
     const char *names[] = {"bos_token_id", "eos_token_id", "pad_token_id"};
     int ids[] = {t->bos_id, t->eos_id, t->pad_id};
     for (int i = 0; i < 3; i++) {
       int want = config_int_(path, doc.root, names[i], -1);
-      if (want != ids[i]) die(EXIT_DAMAGED, "%s/tokenizer_config.json: %s: expected %d as config.json says, found %d", dir, names[i], want, ids[i]);
+      if (want != ids[i])
+        die(EXIT_DAMAGED, "%s/tokenizer_config.json: %s: expected %d as config.json says, found %d", dir, names[i], want, ids[i]);
     }
   }
   int vocab = config_int_(path, doc.root, "vocab_size", INT_MAX);
@@ -581,7 +598,8 @@ static int64_t state_number_(const StFile *f, const char *key) {
   const char *text = st_metadata(f, key);
   char *end = NULL;
   long long v = text ? strtoll(text, &end, 10) : -1;
-  if (text == NULL || *text == 0 || *end || v < 0 || v > INT_MAX) die(EXIT_DAMAGED, "%s: metadata %s: expected a count, found %s", f->path, key, text ? text : "nothing");
+  if (text == NULL || *text == 0 || *end || v < 0 || v > INT_MAX)
+    die(EXIT_DAMAGED, "%s: metadata %s: expected a count, found %s", f->path, key, text ? text : "nothing");
   return v;
 }
 
@@ -615,7 +633,8 @@ static int checkpoint_stored_options_(Options *out, const char *checkpoint) {
   if (!is_file(path)) return 0;
   state_open_(&f, checkpoint);
   const char *text = st_metadata(&f, "options");
-  if (text == NULL || !json_parse(&doc, text, strlen(text), err, sizeof err)) die(EXIT_DAMAGED, "%s: metadata options: expected JSON", path);
+  if (text == NULL || !json_parse(&doc, text, strlen(text), err, sizeof err))
+    die(EXIT_DAMAGED, "%s: metadata options: expected JSON", path);
   options_defaults(out);
   options_from_json(out, doc.root, FROM_FILE, path);
   const Preset *p = preset_find_(json_get_string(doc.root, "preset", ""));
@@ -652,9 +671,11 @@ log, evaluate and save); another value for anything else is an error, because th
 */
 UNUSED static void checkpoint_resume_options(Options *o, const char *checkpoint) {
   Options stored, wanted;
-  if (!checkpoint_stored_options_(&stored, checkpoint)) die(EXIT_USAGE, "%s has no training_state.safetensors: start a new run from it with init=", checkpoint);
+  if (!checkpoint_stored_options_(&stored, checkpoint))
+    die(EXIT_USAGE, "%s has no training_state.safetensors: start a new run from it with init=", checkpoint);
   if (o->preset[0] && strcmp(o->preset, stored.preset) != 0)
-    die(EXIT_USAGE, "resume=%s: the run has the preset '%s', the command line says '%s'; leave the preset out", o->resume, stored.preset, o->preset);
+    die(EXIT_USAGE, "resume=%s: the run has the preset '%s', the command line says '%s'; leave the preset out", o->resume,
+        stored.preset, o->preset);
   for (int i = 0; i < OPTION_COUNT; i++) {
     const OptionRow *r = &option_rows[i];
     if (!(r->group & RESULT_GROUPS) || o->from[i] != FROM_USER) continue;
@@ -801,8 +822,8 @@ static void drop_old_(const char *checkpoints, int64_t newest, int keep) {
 }
 
 /*
-Saves RUN/checkpoints/step_NNNNNN and points `latest` at it; o->keep of them stay. t may be NULL. If anything fails (a full disk), what was saved
-before stays as it was, the half-written directory is removed, and the program exits with 1.
+Saves RUN/checkpoints/step_NNNNNN and points `latest` at it; o->keep of them stay. t may be NULL. If anything fails (a full disk), what
+was saved before stays as it was, the half-written directory is removed, and the program exits with 1.
 */
 UNUSED static void checkpoint_save(const Model *m, const Tokenizer *t, const Options *o, const State *s, const char *run) {
   char dir[4000], leaf[64], final[4096], tmp[4104], old[4104], latest[4096];
@@ -826,7 +847,8 @@ UNUSED static void checkpoint_save(const Model *m, const Tokenizer *t, const Opt
   }
   if (err) {
     remove_dir_(tmp);
-    die(EXIT_FAILED, "cannot save %s: %s; the checkpoint before it is intact. Make room and go on with resume=%s", final, strerror(err), run);
+    die(EXIT_FAILED, "cannot save %s: %s; the checkpoint before it is intact. Make room and go on with resume=%s", final,
+        strerror(err), run);
   }
   remove_dir_(old);
   drop_old_(dir, s->step, o->keep);

@@ -129,8 +129,8 @@ UNUSED static RunMemory run_memory(const Config *c, int half_embed, int half_hea
   out.weights = weights.used;
   out.tables = tables.used;
   out.cache = cache.used;
-  out.rest = rest.used + m.table.floats * sizeof(float) + (size_t)c->max_seq * (size_t)c->head_dim * sizeof(float) + session_scratch_bytes_(&s) +
-             (size_t)s.logit_rows * (size_t)c->vocab * sizeof(float);
+  out.rest = rest.used + m.table.floats * sizeof(float) + (size_t)c->max_seq * (size_t)c->head_dim * sizeof(float) +
+             session_scratch_bytes_(&s) + (size_t)s.logit_rows * (size_t)c->vocab * sizeof(float);
   out.total = out.weights + out.tables + out.cache + out.rest;
   free(s.kcache);
   free(s.vcache);
@@ -250,6 +250,7 @@ UNUSED static int sample_token(const Sampler *s, const float *logits, int V, uin
 typedef struct {
   const int *ids;       // the prompt
   int n_ids;            // at least 1
+  int cached;           // the first so many are in sequence i's cache already (i: the prompt's index); fewer than n_ids
   uint64_t number;      // numbers the random draws
   int *out;             // [max_new] the new tokens, without the end token
   int n_out;            // how many
@@ -275,6 +276,7 @@ UNUSED static void generate(Session *s, const Sampler *sampler, Prompt *prompts,
     if (prompts[i].n_ids < 1) die(EXIT_USAGE, "an empty prompt: there is no token to continue from");
     if (prompts[i].n_ids > s->capacity) die(EXIT_USAGE, "the prompt has %d tokens, the context only %d", prompts[i].n_ids, s->capacity);
     prompts[i].n_out = prompts[i].ended = 0;
+    at[i] = prompts[i].cached;
   }
   for (int started = 0;;) {
     // Rows of this pass: whole prompts as long as they last, then one row for each unfinished sequence.
@@ -312,7 +314,8 @@ UNUSED static void generate(Session *s, const Sampler *sampler, Prompt *prompts,
       } else {
         const float *logits = session_logits(s, r, end - r);
         for (int i = r; i < end; i++) {
-          next[i] = sample_token(sampler, logits + (size_t)(i - r) * (size_t)s->m->c.vocab, V, prompts[seq[i]].number, (uint64_t)pos[i], probs);
+          next[i] = sample_token(sampler, logits + (size_t)(i - r) * (size_t)s->m->c.vocab, V, prompts[seq[i]].number,
+                                 (uint64_t)pos[i], probs);
         }
       }
       for (; r < end; r++) {

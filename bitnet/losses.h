@@ -46,7 +46,8 @@ UNUSED static double head_cross_entropy(Model *m, int backward) {
     cross_entropy_forward(m->losses + r0, m->head_lse, m->logits, m->targets + r0, n, V);
     if (!backward) continue;
     cross_entropy_backward(m->logits, m->head_lse, m->targets + r0, m->coef + r0, n, V);
-    linear_backward(m->dfinal + (size_t)r0 * (size_t)C, m->grads + m->table.head, m->logits, x, m->params + m->table.head, n, V, C, m->precision);
+    linear_backward(m->dfinal + (size_t)r0 * (size_t)C, m->grads + m->table.head, m->logits, x, m->params + m->table.head, n, V, C,
+                    m->precision);
   }
   double sum = 0;
   dev_copy_out(m->host_losses, m->losses, (size_t)m->R * sizeof(float));

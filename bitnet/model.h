@@ -59,8 +59,10 @@ UNUSED static const char *config_check(const Config *c) {
   if (c->heads % c->kv_heads != 0) snprintf(why, sizeof why, "heads=%d is not a multiple of kv_heads=%d", c->heads, c->kv_heads);
   else if (c->head_dim % 2 != 0) snprintf(why, sizeof why, "head_dim=%d is odd; RoPE rotates pairs", c->head_dim);
   else if (c->head_dim > HEAD_MAX) snprintf(why, sizeof why, "head_dim=%d: expected at most %d", c->head_dim, HEAD_MAX);
-  else if (c->act_bits != 0 && c->act_bits != 4 && c->act_bits != 8) snprintf(why, sizeof why, "act_bits=%d: expected 8, 4 or 0", c->act_bits);
-  else if ((long)c->heads * c->head_dim > 1 << 24) snprintf(why, sizeof why, "heads=%d x head_dim=%d is too wide", c->heads, c->head_dim);
+  else if (c->act_bits != 0 && c->act_bits != 4 && c->act_bits != 8)
+    snprintf(why, sizeof why, "act_bits=%d: expected 8, 4 or 0", c->act_bits);
+  else if ((long)c->heads * c->head_dim > 1 << 24)
+    snprintf(why, sizeof why, "heads=%d x head_dim=%d is too wide", c->heads, c->head_dim);
   else if (!(c->norm_eps > 0) || !(c->rope_theta > 0)) snprintf(why, sizeof why, "norm_eps and rope_theta must be positive");
   return why[0] ? why : NULL;
 }
@@ -317,7 +319,8 @@ static void heads_layout_(Arena *a, Model *m, int half_embed, int half_head) {
 // The buffers of training that are not one layer's own.
 static void training_layout_(Arena *a, Model *m, int codes_only) {
   const Config *c = &m->c;
-  size_t R = (size_t)m->R, C = (size_t)c->dim, Q = (size_t)c->heads * (size_t)c->head_dim, F = (size_t)c->ffn_dim, QKV = (size_t)config_qkv(c);
+  size_t R = (size_t)m->R, C = (size_t)c->dim, Q = (size_t)c->heads * (size_t)c->head_dim, F = (size_t)c->ffn_dim,
+         QKV = (size_t)config_qkv(c);
   size_t widest = C > Q ? C : Q, wide = QKV > 2 * F ? QKV : 2 * F, row = R * C * sizeof(floatX);
   if (F > widest) widest = F;
   for (int l = 0; l <= c->layers; l++) m->residual[l] = (floatX *)take_(a, row);
@@ -340,9 +343,10 @@ static void training_layout_(Arena *a, Model *m, int codes_only) {
   m->norm2 = (double *)take_(a, sizeof(double));
 }
 
-// The classifier's rows at a time: about 16 MiB of logits, so that B x T x V never exists at once. A multiple of 64 rows.
+// The classifier's rows at a time: about 128 MiB of logits, so that B x T x V of a large batch never exists at once, yet enough rows that
+// packing the classifier for each chunk does not show. A multiple of 64.
 static int head_rows_(const Config *c, int R) {
-  size_t rows = ((size_t)16 << 20) / ((size_t)c->vocab * sizeof(floatX)) / 64 * 64;
+  size_t rows = ((size_t)128 << 20) / ((size_t)c->vocab * sizeof(floatX)) / 64 * 64;
   if (rows < 64) rows = 64;
   return rows < (size_t)R ? (int)rows : R;
 }
@@ -416,7 +420,8 @@ UNUSED static Memory model_memory(const Config *c, int B, int T, int recompute, 
 
 static void *device_memory_(size_t bytes, const char *what) {
   void *p = dev_malloc(bytes);
-  if (p == NULL) die(EXIT_FAILED, "out of memory: %.1f MB for %s; a smaller batch_size or recompute=1 needs less", (double)bytes / 1e6, what);
+  if (p == NULL)
+    die(EXIT_FAILED, "out of memory: %.1f MB for %s; a smaller batch_size or recompute=1 needs less", (double)bytes / 1e6, what);
   return p;
 }
 
@@ -482,10 +487,10 @@ UNUSED static void model_open(Model *m, const Config *c, int precision) {
 }
 
 /*
-Builds a model that only runs, at lambda = 1, in about a sixteenth of the memory; act_bits must not be 0. Its matrices are still to be packed
-(frozen_weight tells where), its tables filled with head_rows, its norms and biases copied to params. half_embed, half_head: the tables are kept
-in bf16, for models whose values are bf16 numbers; a tied table is the head's. A frozen model takes part in model_forward, but it has
-no gradients.
+Builds a model that only runs, at lambda = 1, in about a sixteenth of the memory; act_bits must not be 0. Its matrices are still to be
+packed (frozen_weight tells where), its tables filled with head_rows, its norms and biases copied to params. half_embed, half_head: the
+tables are kept in bf16, for models whose values are bf16 numbers; a tied table is the head's. A frozen model takes part in
+model_forward, but it has no gradients.
 */
 UNUSED static void model_open_frozen(Model *m, const Config *c, int precision, int half_embed, int half_head) {
   if (c->act_bits == 0) die(EXIT_USAGE, "a model with act_bits=0 has float activations; only int8 and int4 ones run on packed weights");
@@ -655,7 +660,8 @@ UNUSED static void layer_backward(Model *m, int l, const LayerActs *a, const flo
   }
   attention_backward(m->dwide, datt, a->att, a->lse, a->qkv, ctx->start, ctx->B, ctx->T, NH, NKV, HS);
   rope_apply(m->dwide, ctx->pos, m->cossin, R, NH, NKV, HS, -1);
-  if (c->qk_norm) headnorm_backward(m->dwide, g + s->q_norm, g + s->k_norm, a->qkv_raw, p + s->q_norm, p + s->k_norm, a->rstd_qk, R, NH, NKV, HS);
+  if (c->qk_norm)
+    headnorm_backward(m->dwide, g + s->q_norm, g + s->k_norm, a->qkv_raw, p + s->q_norm, p + s->k_norm, a->rstd_qk, R, NH, NKV, HS);
   bitlinear_backward(m->dh, g + s->qkv, slot_(g, s->qkv_bias), m->dwide, &a->h1, &w->qkv, R);
   rmsnorm_backward(m->dres, g + s->norm1, m->dh, x, p + s->norm1, a->rstd1, R, C);
 }
@@ -701,7 +707,8 @@ UNUSED static void model_backward(Model *m) {
   Context ctx = training_context_(m);
   int L = m->c.layers;
   dev_zero(m->dres, (size_t)m->R * (size_t)m->c.dim * sizeof(floatX));
-  rmsnorm_backward(m->dres, m->grads + m->table.final_norm, m->dfinal, m->residual[L], m->params + m->table.final_norm, m->rstd_final, m->R, m->c.dim);
+  rmsnorm_backward(m->dres, m->grads + m->table.final_norm, m->dfinal, m->residual[L], m->params + m->table.final_norm, m->rstd_final,
+                   m->R, m->c.dim);
   for (int l = L - 1; l >= 0; l--) {
     LayerActs *a = &m->acts[m->recompute ? 0 : l];
     if (m->recompute) layer_forward(m, l, a, m->dfinal, m->residual[l], &ctx);

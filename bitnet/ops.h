@@ -69,8 +69,8 @@ typedef struct {
 } BitWeight;
 
 /*
-The embedding table and classifier of a model that only runs. The table is exact: float, or bf16 where that loses nothing. The screen is a small
-lossy copy of it, with which head_argmax finds the largest logit without reading all of the table.
+The embedding table and classifier of a model that only runs. The table is exact: float, or bf16 where that loses nothing. The screen
+is a small lossy copy of it, with which head_argmax finds the largest logit without reading all of the table.
 */
 typedef struct {
   int V, C;
@@ -100,6 +100,12 @@ void dev_read(const void *p, size_t bytes);
 // floatX on the device <-> float on the host, n elements. For tests, dumps and the sampler.
 void dev_floatx_in(floatX *dst, const float *src, size_t n);
 void dev_floatx_out(float *dst, const floatX *src, size_t n);
+// What the device can do at best, measured by short loops: operations a second (a multiplication and an addition are two) in
+// products of each number format, and bytes a second read from memory. Takes about a second.
+typedef struct {
+  double fp32, bf16, int8, read;
+} Peaks;
+void dev_peaks(Peaks *p);
 // Scratch of the backend (packed operands, partial sums). Reserve once, before the first step; ops die on a shortage.
 size_t ops_scratch_bytes(size_t max_rows, size_t max_n, size_t max_k);
 void ops_set_scratch(void *scratch, size_t bytes);
@@ -141,6 +147,9 @@ void weight_pack(BitWeight *w, int part, const float *master);
 void weight_pack_codes(BitWeight *w, int part, const int8_t *codes, float gamma);
 // codes (=) [N,K] int8 in {-1,0,1}, device memory, of a BitWeight at lambda = 1: for export, statistics and tests
 void bitweight_codes(int8_t *codes, const BitWeight *w);
+// How training moves the codes: codes [rows,K] (int8, device memory) hold those of an earlier moment and become (=) those of
+// one logical matrix now. counts (=) [2], device memory: zeros now, codes that changed.
+void weight_changes(int64_t *counts, int8_t *codes, const float *master, int rows, int K);
 // out (=) [R,N] = x w' + bias + residual;  residual [R,N] or NULL; it must not be out
 void bitlinear_forward(floatX *out, const QAct *x, const BitWeight *w, const floatX *residual, int R);
 // Straight-through: dx (=) [R,K] = dout w_eff, dw (+=) [N,K] = dout' x_eff, dbias (+=) [N] or NULL
@@ -177,8 +186,8 @@ void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *st
 void attention_backward(floatX *dqkv, const floatX *dout, const floatX *out, const float *lse, const floatX *qkv, const int *start,
                         int B, int T, int NH, int NKV, int HS);
 // Attention against a cache. Row r belongs to sequence seq[r] at position pos[r]; its k and v are stored first, for all rows,
-// then it sees positions 0 .. pos[r] of its sequence. out (=) [R,NH*HS]. kcache, vcache: sequences * capacity * NKV*HS numbers each, in whatever
-// layout the backend likes, zeroed before the first use; capacity is a multiple of KV_BLOCK.
+// then it sees positions 0 .. pos[r] of its sequence. out (=) [R,NH*HS]. kcache, vcache: sequences * capacity * NKV*HS numbers each,
+// in whatever layout the backend likes, zeroed before the first use; capacity is a multiple of KV_BLOCK.
 void attention_cached(floatX *out, floatX *kcache, floatX *vcache, const floatX *qkv, const int *seq, const int *pos,
                       int R, int capacity, int NH, int NKV, int HS);
 

@@ -88,8 +88,8 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(TRAINING, max_skips, 3, 1, INT_MAX, "stop after so many updates in a row that were skipped as not finite")                    \
   TEXT(TRAINING, init, "", "start from the model in this directory instead of random weights")                                      \
                                                                                                                                     \
-  TEXT(DATA, data, "arithmetic", "training data: arithmetic, or token shards as a glob such as data/train_*.bin")                   \
-  TEXT(DATA, tokenizer, "", "directory with the tokenizer.json of the shards; empty: beside the shards")                            \
+  TEXT(DATA, data, "arithmetic", "training data: arithmetic, or token shards: data/train_*.bin, or a_*.bin:0.7,b_*.bin:0.3")       \
+  TEXT(DATA, tokenizer, "", "tokenizer of the shards, a file or its directory; empty: beside the shards")                           \
   TEXT(DATA, arith_ops, "+-", "arithmetic: operations, out of + - *")                                                               \
   INT(DATA, arith_min, 0, 0, 99999, "arithmetic: smallest operand of + and -")                                                      \
   INT(DATA, arith_max, 99, 0, 99999, "arithmetic: largest operand of + and -")                                                      \
@@ -99,7 +99,7 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(SHARED, seed, 1337, 0, INT_MAX, "number that all random choices depend on")                                                   \
   CHOICE(SHARED, precision, 0, "bf16|fp32", "operands of float products; sums are fp32 always")                                     \
                                                                                                                                     \
-  TEXT(RUNNING, val_data, "", "validation shards as a glob; empty: none (arithmetic has its held-out problems)")                    \
+  TEXT(RUNNING, val_data, "", "validation shards, as in data; empty: none (arithmetic has its held-out problems)")                    \
   TEXT(COMMAND, resume, "", "go on with this run or checkpoint, with its own options")                                              \
   INT(COMMAND, stop_at, 0, 0, INT_MAX, "stop after this step as an interruption would: saved, schedules unchanged; 0 = at the end") \
   INT(RUNNING, eval_every, 0, 0, INT_MAX, "steps between evaluations; 0 = only at the end")                                         \
@@ -108,7 +108,8 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(RUNNING, save_every, 0, 0, INT_MAX, "steps between checkpoints; 0 = only at the end")                                         \
   INT(RUNNING, keep, 3, 0, INT_MAX, "newest checkpoints that are kept; 0 = all")                                                    \
   INT(RUNNING, sample_every, 0, 0, INT_MAX, "steps between samples; 0 = only at the end")                                           \
-  TEXT(RUNNING, sample_prompt, "", "samples continue this text; several texts are separated by |")                                    \
+  TEXT(RUNNING, sample_prompt, "Once upon a time", "samples continue this text; several texts are separated by |")                    \
+  INT(RUNNING, health_every, 10, 0, INT_MAX, "steps between measurements of the codes (zeros, flips) in log.jsonl; 0 = never")        \
   INT(RUNNING, log_every, 1, 1, INT_MAX, "steps between lines of log.jsonl")                                                        \
   TEXT(RUNNING, run_dir, "runs", "where run folders are made")                                                                      \
   TEXT(RUNNING, name, "", "name of the run folder; empty: preset and time")                                                         \
@@ -120,6 +121,11 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(INFERENCE, top_k, 0, 0, 1 << 24, "sample from the k most likely tokens; 0 = all")                                             \
   REAL(INFERENCE, top_p, 1, 0, 1, "sample from the most likely tokens that together have this probability")                         \
   INT(INFERENCE, count, 1, 1, 4096, "texts to generate at once")                                                                    \
+  CHOICE(INFERENCE, chat_template, 0, "auto|none|chatml|llama3|alpaca", "chat: how turns are marked; auto: what the tokenizer has marks for") \
+  TEXT(INFERENCE, system, "", "chat: what the model is told before the first turn")                                                  \
+  INT(INFERENCE, decode, 0, 0, 1, "tokenize: ids to text instead of text to ids")                                                   \
+  TEXT(INFERENCE, file, "", "perplexity: a text file")                                                                              \
+  INT(INFERENCE, overlap, 0, 0, 1 << 24, "perplexity: tokens of a window that are only context")                                    \
   TEXT(INFERENCE, ids, "", "token ids, separated by blanks or commas")                                                              \
   REAL(INFERENCE, lambda, 1, 0, 1, "1 = the ternary model, 0 = its float master weights")                                           \
                                                                                                                                     \
@@ -177,7 +183,7 @@ static const OptionRow option_rows[] = {OPTION_TABLE(INT_, REAL_, TEXT_, CHOICE_
 typedef struct {
   const char *name, *args, *help;   // args: what follows the name on the command line, for --help
   int groups;                       // GROUP_* that it reads
-  int presets, dir;                 // whether it takes a preset, a directory
+  int presets, dir;                 // whether it takes a preset, a directory (2: one that may be left out)
   void (*run)(Options *o);
 } Mode;
 

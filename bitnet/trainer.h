@@ -50,6 +50,8 @@ typedef struct {
   void (*describe)(void *ctx, StrBuf *json);
 } Hooks;
 
+enum { SPARK = 12 };   // characters of the little curve on the terminal
+
 typedef struct {
   const Options *o;
   const Hooks *hooks;
@@ -67,6 +69,10 @@ typedef struct {
   Metrics last;                  // of the last evaluation
   double began, window_began;    // time_now
   int64_t window_steps;          // steps since window_began
+  int8_t *codes;                 // all ternary codes when they were last measured (device); NULL before
+  int64_t *code_counts;          // [2] on the device
+  int64_t measured;              // step of that measurement, -1 before
+  double spark[SPARK];           // the loss over the run so far, for the terminal
   int line_open;                 // the cursor stands behind a progress line that will be redrawn
 } Trainer;
 
@@ -117,8 +123,8 @@ static void run_manifest_(const Trainer *t, const char *status) {
   time_strings_(stamp, sizeof stamp, iso, sizeof iso);
   const char *dirty = strstr(BITNET_COMMIT, "-dirty");
   strbuf_printf(&b, "{\n\"status\": \"%s\",\n\"updated\": \"%s\",\n\"step\": %lld,\n", status, iso, (long long)t->state.step);
-  strbuf_printf(&b, "\"git_commit\": \"%.*s\",\n\"git_dirty\": %s,\n", (int)(dirty ? (size_t)(dirty - BITNET_COMMIT) : strlen(BITNET_COMMIT)),
-                BITNET_COMMIT, dirty ? "true" : "false");
+  strbuf_printf(&b, "\"git_commit\": \"%.*s\",\n\"git_dirty\": %s,\n",
+                (int)(dirty ? (size_t)(dirty - BITNET_COMMIT) : strlen(BITNET_COMMIT)), BITNET_COMMIT, dirty ? "true" : "false");
   strbuf_printf(&b, "\"device\": \"%s\",\n\"parameters\": %zu,\n", dev_name(), tensor_table_params(&t->m->table));
   strbuf_printf(&b, "\"fingerprint\": \"%016llx\",\n", (unsigned long long)options_fingerprint(t->o));
   int64_t at = t->state.step > 0 ? t->state.step - 1 : 0;
@@ -163,7 +169,8 @@ static void run_create_(Trainer *t) {
   path_join(link, sizeof link, o->run_dir, "latest");
   path_join(fresh, sizeof fresh, o->run_dir, ".latest.tmp");
   unlink(fresh);
-  if (symlink(leaf, fresh) != 0 || rename(fresh, link) != 0) fprintf(stderr, "note: could not point %s at the run: %s\n", link, strerror(errno));
+  if (symlink(leaf, fresh) != 0 || rename(fresh, link) != 0)
+    fprintf(stderr, "note: could not point %s at the run: %s\n", link, strerror(errno));
 }
 
 /*
@@ -217,7 +224,8 @@ UNUSED static Schedule schedule_from_options(const Options *o) {
   s.wd = o->weight_decay;
   s.wd_off_at = o->wd_off_at;
   if (o->lr_schedule == LR_WSD && (double)s.warmup + s.decay_ratio * (double)s.steps > (double)s.steps)
-    die(EXIT_USAGE, "wsd: warmup_steps=%d and a decay of %.0f steps do not fit into steps=%d", o->warmup_steps, s.decay_ratio * o->steps, o->steps);
+    die(EXIT_USAGE, "wsd: warmup_steps=%d and a decay of %.0f steps do not fit into steps=%d", o->warmup_steps,
+        s.decay_ratio * o->steps, o->steps);
   return s;
 }
 
@@ -262,6 +270,14 @@ UNUSED static void trainer_open(Trainer *t, const Options *o, const Hooks *hooks
   t->batches = (Batch *)xcalloc((size_t)o->grad_accum, sizeof(Batch));
   for (int i = 0; i < o->grad_accum; i++) batch_alloc(&t->batches[i], m->B, m->T);
   t->host_coef = (float *)xcalloc((size_t)m->R, sizeof(float));
+  t->measured = -1;
+  if (o->health_every > 0) {
+    size_t n = 0;
+    for (int i = 0; i < m->table.count; i++) n += m->table.tensors[i].flags & TERNARY ? m->table.tensors[i].n : 0;
+    t->codes = (int8_t *)device_memory_(n, "the ternary codes");
+    t->code_counts = (int64_t *)device_memory_(2 * sizeof(int64_t), "the ternary codes");
+  }
+  for (int i = 0; i < SPARK; i++) t->spark[i] = NAN;
   run_open_(t);
   run_manifest_(t, "running");
   catch_signals_();
@@ -271,6 +287,8 @@ UNUSED static void trainer_close(Trainer *t) {
   for (int i = 0; i < t->o->grad_accum; i++) batch_free(&t->batches[i]);
   free(t->batches);
   free(t->host_coef);
+  dev_free(t->codes);
+  dev_free(t->code_counts);
   fclose(t->log);
   close(t->lock);
 }
@@ -317,13 +335,35 @@ static StepReport train_step_(Trainer *t) {
   r.skipped = !isfinite(r.loss) || !isfinite(r.grad_norm);
   if (!r.skipped) {
     t->state.updates++;
-    adamw_step(m, (float)clip_scale(r.grad_norm, o->grad_clip), r.lr, wd_at(&t->schedule, step), o->beta1, o->beta2, o->eps, t->state.updates);
+    adamw_step(m, (float)clip_scale(r.grad_norm, o->grad_clip), r.lr, wd_at(&t->schedule, step), o->beta1, o->beta2, o->eps,
+               t->state.updates);
   }
   t->state.step++;
   alloc_guard = 0;
   r.tokens = (size_t)o->grad_accum * (size_t)m->R;
   r.seconds = time_now() - t0;
   return r;
+}
+
+/*
+The health of a ternary model: which share of its codes is zero (about 0.31 for Gaussian weights), and which share changes from one
+step to the next: many while the model learns, few when it settles. flips is NAN at the first measurement.
+*/
+static void measure_codes_(Trainer *t, double *zeros, double *flips) {
+  const Model *m = t->m;
+  int64_t total = 0, zero = 0, changed = 0, counts[2];
+  for (int i = 0; i < m->table.count; i++) {
+    const Tensor *x = &m->table.tensors[i];
+    if (!(x->flags & TERNARY)) continue;
+    weight_changes(t->code_counts, t->codes + total, m->params + x->offset, (int)x->shape[0], (int)x->shape[1]);
+    dev_copy_out(counts, t->code_counts, sizeof counts);
+    zero += counts[0];
+    changed += counts[1];
+    total += (int64_t)x->n;
+  }
+  *zeros = (double)zero / (double)total;
+  *flips = t->measured < 0 ? NAN : (double)changed / (double)total / (double)(t->state.step - t->measured);
+  t->measured = t->state.step;
 }
 
 // "1:02:03", or "45 s".
@@ -340,16 +380,35 @@ static void end_line_(Trainer *t) {
   t->line_open = 0;
 }
 
+// The loss so far as a row of bars, each for an equal part of the run. out: at least 4 * SPARK bytes.
+static void put_spark_(char *out, const double *spark) {
+  static const char *const bars[] = {"\u2581", "\u2582", "\u2583", "\u2584", "\u2585", "\u2586", "\u2587", "\u2588"};
+  double low = INFINITY, high = -INFINITY;
+  for (int i = 0; i < SPARK; i++) {
+    low = spark[i] < low ? spark[i] : low;
+    high = spark[i] > high ? spark[i] : high;
+  }
+  out[0] = 0;
+  for (int i = 0; i < SPARK; i++) {
+    double height = high > low ? (spark[i] - low) / (high - low) : 0;
+    strcat(out, isfinite(spark[i]) ? bars[(int)(7.999 * height)] : " ");
+  }
+}
+
 // One aligned line a step; on a terminal it is drawn over the one before.
 static void show_progress_(Trainer *t, const StepReport *r) {
   int tty = isatty(2);
-  char eta[32];
+  char eta[32], curve[4 * SPARK + 1] = "";
+  double *bar = &t->spark[(t->state.step - 1) * SPARK / t->o->steps];
+  *bar = isnan(*bar) || !isfinite(r->loss) ? r->loss : 0.9 * *bar + 0.1 * r->loss;
+  if (tty) put_spark_(curve, t->spark);
   t->window_steps++;
   double per_step = (time_now() - t->window_began) / (double)t->window_steps;
   put_duration_(eta, sizeof eta, per_step * (double)(t->o->steps - t->state.step));
-  fprintf(stderr, "%sstep %*lld/%d  loss %8.4f  lambda %.3f  lr %.2e  norm %7.3f  %6.0f ms  %7.0f tok/s  ETA %-8s%s%s", tty ? "\r" : "",
-          snprintf(NULL, 0, "%d", t->o->steps), (long long)t->state.step, t->o->steps, r->loss, r->lambda, r->lr, r->grad_norm, r->seconds * 1e3,
-          (double)r->tokens / r->seconds, eta, r->skipped ? "  SKIPPED: not finite" : "", tty ? "" : "\n");
+  fprintf(stderr, "%sstep %*lld/%d  loss %8.4f  lambda %.3f  lr %.2e  norm %7.3f  %6.0f ms  %7.0f tok/s  ETA %-8s%s%s%s",
+          tty ? "\r" : "", snprintf(NULL, 0, "%d", t->o->steps), (long long)t->state.step, t->o->steps, r->loss, r->lambda, r->lr,
+          r->grad_norm, r->seconds * 1e3, (double)r->tokens / r->seconds, eta, curve, r->skipped ? "  SKIPPED: not finite" : "",
+          tty ? "" : "\n");
   t->line_open = tty;
   if (t->window_steps >= 50) {   // the ETA follows the last steps, not the whole run
     t->window_began = time_now();
@@ -359,6 +418,7 @@ static void show_progress_(Trainer *t, const StepReport *r) {
 
 static void log_step_(Trainer *t, const StepReport *r) {
   StrBuf b = {NULL, 0, 0};
+  double zeros, flips;
   strbuf_printf(&b, "{\"step\": %lld, \"loss\": ", (long long)t->state.step);
   json_put_number(&b, r->loss);
   strbuf_printf(&b, ", \"lambda\": ");
@@ -367,7 +427,17 @@ static void log_step_(Trainer *t, const StepReport *r) {
   json_put_number(&b, r->lr);
   strbuf_printf(&b, ", \"grad_norm\": ");
   json_put_number(&b, r->grad_norm);
-  strbuf_printf(&b, ", \"ms\": %.3f, \"tok_per_s\": %.1f%s}\n", r->seconds * 1e3, (double)r->tokens / r->seconds, r->skipped ? ", \"skipped\": true" : "");
+  strbuf_printf(&b, ", \"ms\": %.3f, \"tok_per_s\": %.1f", r->seconds * 1e3, (double)r->tokens / r->seconds);
+  if (t->o->health_every > 0 && t->state.step % t->o->health_every == 0) {
+    measure_codes_(t, &zeros, &flips);
+    strbuf_printf(&b, ", \"zeros\": ");
+    json_put_number(&b, zeros);
+    if (!isnan(flips)) {
+      strbuf_printf(&b, ", \"flips\": ");
+      json_put_number(&b, flips);
+    }
+  }
+  strbuf_printf(&b, "%s}\n", r->skipped ? ", \"skipped\": true" : "");
   run_log_(t, &b);
   strbuf_free(&b);
 }
@@ -442,8 +512,10 @@ UNUSED static void trainer_train(Trainer *t) {
     if (t->skips >= o->max_skips) {
       end_line_(t);
       run_manifest_(t, "failed");
-      die(EXIT_FAILED, "step %lld: %d updates in a row were not finite (loss %g, gradient norm %g, lr %g); a lower lr or smaller grad_clip "
-          "usually helps; the last checkpoint is intact in %s", (long long)step, t->skips, r.loss, r.grad_norm, r.lr, t->run);
+      die(EXIT_FAILED,
+          "step %lld: %d updates in a row were not finite (loss %g, gradient norm %g, lr %g); a lower lr or smaller grad_clip "
+          "usually helps; the last checkpoint is intact in %s",
+          (long long)step, t->skips, r.loss, r.grad_norm, r.lr, t->run);
     }
     if (due_(o->eval_every, step)) {
       evaluate_and_log_(t);

@@ -1,12 +1,12 @@
 /*
 bench_infer.h: how fast a packed model runs, and how much of the memory's speed that is.
 
-What it is:  ./train_bitnet bench decode: a model of the shape of BitNet b1.58 2B4T with random weights, made in memory. Rows of
+What it is:  `./train_bitnet bench decode`: a model of the shape of BitNet b1.58 2B4T with random weights, made in memory. Rows of
              name, shape, value, unit: tokens/s of decoding for 1 and 8 sequences and of prompts of 128 and 512 tokens; the speed of
              reading memory, measured between the decoding steps; the share of the limit that it sets; peak memory.
 What not:    no comparison with other programs; dev/bench_peers.py runs them side by side.
-Read before: bitnet/infer.h.
-Defines:     bench_inference.
+Read before: bitnet/infer.h, bench.h.
+Defines:     bench_decode_.
 
 The limit: a token cannot come sooner than the bytes that every token needs have been read, the packed weights and the screen of
 the classifier. Reading speed changes from one minute to the next on shared machines, so after every decoded token the same
@@ -16,7 +16,7 @@ bytes are read by a plain loop, and medians of both are compared.
 #define MODE_BENCH_INFER_H
 
 #include "../bitnet/infer.h"
-#include "../bitnet/options.h"
+#include "bench_rows.h"
 
 enum { BI_PROMPT = 128, BI_LONG = 512, BI_TOKENS = 24, BI_BATCH = 8, BI_RUNS = 3 };
 
@@ -29,21 +29,6 @@ static void bi_config_(Config *c) {
   c->attn_sub_norm = c->ffn_sub_norm = c->tie_embeddings = 1;
   c->act_bits = 8;
   c->init_std = 0.02f;
-}
-
-static void bi_row_(const char *name, const char *shape, double value, const char *unit) {
-  printf("%-28s %-26s %12.4g %s\n", name, shape, value, unit);
-  fflush(stdout);
-}
-
-static int bi_by_value_(const void *a, const void *b) {
-  double x = *(const double *)a, y = *(const double *)b;
-  return x < y ? -1 : x > y;
-}
-
-static double bi_median_(double *x, int n) {
-  qsort(x, (size_t)n, sizeof(double), bi_by_value_);
-  return n % 2 ? x[n / 2] : 0.5 * (x[n / 2 - 1] + x[n / 2]);
 }
 
 // Random codes for every matrix; a table of bf16 numbers with standard deviation init_std, each the sum of four uniform ones; gains 1.
@@ -117,8 +102,8 @@ static void bi_read_(const Model *m) {
 }
 
 /*
-Decodes BI_TOKENS tokens greedily for n sequences that have `at` tokens each, reading memory in between. check: every token is compared with the argmax of all
-logits.
+Decodes BI_TOKENS tokens greedily for n sequences that have `at` tokens each, reading memory in between. check: every token is compared
+with the argmax of all logits.
 */
 static void bi_decode_(Session *s, int *next, int n, int at, int check) {
   const Model *m = s->m;
@@ -144,12 +129,12 @@ static void bi_decode_(Session *s, int *next, int n, int at, int check) {
       equal += best == next[i];
     }
   }
-  double t = bi_median_(token, BI_TOKENS), r = bi_median_(reading, BI_TOKENS);
+  double t = bench_median_(token, BI_TOKENS), r = bench_median_(reading, BI_TOKENS);
   snprintf(shape, sizeof shape, "2b4t B=%d at %d", n, at);
-  bi_row_("decode", shape, n / t, "tokens/s");
-  bi_row_("read", shape, (double)bi_bytes_(m) / r / 1e9, "GB/s");
-  bi_row_("decode_of_limit", shape, 100 * r / t, "%");
-  if (check) bi_row_("decode_equals_unscreened", shape, 100.0 * equal / (BI_TOKENS * n), "%");
+  bench_row_("decode", shape, n / t, "tokens/s");
+  bench_row_("read", shape, (double)bi_bytes_(m) / r / 1e9, "GB/s");
+  bench_row_("decode_of_limit", shape, 100 * r / t, "%");
+  if (check) bench_row_("decode_equals_unscreened", shape, 100.0 * equal / (BI_TOKENS * n), "%");
 }
 
 // The most memory that this process has had, bytes.
@@ -164,22 +149,20 @@ static size_t bi_peak_(void) {
   return kib * 1024;
 }
 
-UNUSED static void bench_inference(Options *o) {
+static void bench_decode_(void) {
   Config c;
   Model m;
   Session s;
   int next[BI_BATCH];
   char shape[64];
-  (void)o;
   bi_config_(&c);
   RunMemory need = run_memory(&c, 1, 1, 1, BI_LONG + BI_TOKENS, BI_LONG);
   if (dev_memory_free() != 0 && need.total > dev_memory_free())
     die(EXIT_FAILED, "the model needs %.1f MB, %.1f MB are free", (double)need.total / 1e6, (double)dev_memory_free() / 1e6);
-  fprintf(stderr, "device  %s\n", dev_name());
   model_open_frozen(&m, &c, PRECISION_BF16, 1, 1);
   bi_fill_(&m, 1);
-  bi_row_("packed_weights", "2b4t", (double)need.weights / 1e6, "MB");
-  bi_row_("tables", "2b4t", (double)need.tables / 1e6, "MB");
+  bench_row_("packed_weights", "2b4t", (double)need.weights / 1e6, "MB");
+  bench_row_("tables", "2b4t", (double)need.tables / 1e6, "MB");
 
   session_open(&s, &m, 1, BI_LONG + BI_TOKENS, BI_LONG, 1);
   for (int prompt = BI_PROMPT; prompt <= BI_LONG; prompt += BI_LONG - BI_PROMPT) {
@@ -191,13 +174,13 @@ UNUSED static void bench_inference(Options *o) {
       t[k] = time_now() - t0;
     }
     snprintf(shape, sizeof shape, "2b4t T=%d", prompt);
-    bi_row_("prefill", shape, prompt / bi_median_(t, BI_RUNS), "tokens/s");
+    bench_row_("prefill", shape, prompt / bench_median_(t, BI_RUNS), "tokens/s");
     bi_decode_(&s, next, 1, prompt, prompt == BI_PROMPT);
   }
   size_t held = need.weights + need.tables + need.cache;
-  bi_row_("weights_tables_cache", "2b4t", (double)held / 1e6, "MB");
-  bi_row_("peak_memory", "2b4t", (double)bi_peak_() / 1e6, "MB");
-  bi_row_("peak_of_held", "2b4t", 100.0 * (double)bi_peak_() / (double)held, "%");
+  bench_row_("weights_tables_cache", "2b4t", (double)held / 1e6, "MB");
+  bench_row_("peak_memory", "2b4t", (double)bi_peak_() / 1e6, "MB");
+  bench_row_("peak_of_held", "2b4t", 100.0 * (double)bi_peak_() / (double)held, "%");
   session_free(&s);
 
   session_open(&s, &m, BI_BATCH, BI_PROMPT + BI_TOKENS, BI_PROMPT, 1);

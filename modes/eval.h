@@ -48,7 +48,8 @@ UNUSED static void arithmetic_from_options(Arithmetic *a, const Options *o) {
 Prepares to measure m, which has batch buffers. pattern: validation shards, "" for none; ignored with arithmetic data. tok may be NULL for shards
 without a tokenizer. codes_only: m stays at lambda = 1.
 */
-UNUSED static void evaluation_open(Evaluation *e, const Options *o, Model *m, const Tokenizer *tok, const char *pattern, int codes_only) {
+UNUSED static void evaluation_open(Evaluation *e, const Options *o, Model *m, const Tokenizer *tok, const char *pattern,
+                                   int codes_only) {
   memset(e, 0, sizeof *e);
   e->tok = tok;
   e->arithmetic = is_arithmetic(o);
@@ -62,13 +63,15 @@ UNUSED static void evaluation_open(Evaluation *e, const Options *o, Model *m, co
     loader_open_arithmetic(&e->loader, &a, tok, (uint64_t)o->seed);
     e->problems = (uint64_t *)xcalloc((size_t)o->eval_problems, sizeof(uint64_t));
     e->n_problems = arith_heldout(&a, e->problems, (size_t)o->eval_problems);
-    if (e->n_problems == 0) die(EXIT_USAGE, "no arithmetic problem is held out for evaluation; use a larger arith_holdout (%g)", o->arith_holdout);
+    if (e->n_problems == 0)
+      die(EXIT_USAGE, "no arithmetic problem is held out for evaluation; use a larger arith_holdout (%g)", o->arith_holdout);
     e->width = arith_max_tokens(&a);
     e->prompts = (Prompt *)xcalloc(EVAL_SEQUENCES, sizeof(Prompt));
     e->prompt_memory = (int *)xcalloc((size_t)EVAL_SEQUENCES * 2 * (size_t)e->width, sizeof(int));
     session_open(&e->session, m, EVAL_SEQUENCES, m->c.max_seq < e->width ? m->c.max_seq : e->width, EVAL_SEQUENCES, codes_only);
   } else if (pattern[0]) {
-    loader_open_shards(&e->loader, pattern, m->c.vocab, tok ? tok->eos_id : -1, (uint64_t)o->seed, 0);
+    loader_open_shards(&e->loader, pattern, m->c.vocab, -1, (uint64_t)o->seed, 0);
+    if (tok && e->loader.eot < 0) e->loader.eot = tok->eos_id;
     if (tok) loader_check_tokenizer(&e->loader, tok);
     uint64_t there = loader_blocks(&e->loader, m->T) / (uint64_t)m->B;
     e->batches = there < (uint64_t)o->eval_batches ? (int)there : o->eval_batches;
@@ -201,7 +204,10 @@ UNUSED static void mode_eval(Options *o) {
   checkpoint_tokenizer(&tok, dir);
   int T = o->seq_len > 0 && o->seq_len < m.c.max_seq ? o->seq_len : m.c.max_seq;
   model_alloc_batch(&m, is_arithmetic(o) ? 128 : 8, T, 1, m.frozen);
-  evaluation_open(&e, o, &m, &tok, is_arithmetic(o) ? "" : options_is_set(o, "data") == FROM_USER || o->val_data[0] == 0 ? o->data : o->val_data,
+  evaluation_open(&e, o, &m, &tok,
+                  is_arithmetic(o)                                                ? ""
+                  : options_is_set(o, "data") == FROM_USER || o->val_data[0] == 0 ? o->data
+                                                                                  : o->val_data,
                   m.frozen);
   evaluation_run(&e, &m, &found);
   if (e.arithmetic) {

@@ -23,8 +23,10 @@ static int parse_ids_(const char *text, int vocab, int **ids) {
       continue;
     }
     long v = strtol(p, &end, 10);
-    if (end == p || (*end && !strchr(" ,\n\t", *end))) die(EXIT_USAGE, "ids: offset %zu: expected token ids such as \"1 2 3\", found '%.10s'", (size_t)(p - text), p);
-    if (v < 0 || v >= vocab) die(EXIT_USAGE, "ids: offset %zu: expected an id from 0 to %d, found %ld", (size_t)(p - text), vocab - 1, v);
+    if (end == p || (*end && !strchr(" ,\n\t", *end)))
+      die(EXIT_USAGE, "ids: offset %zu: expected token ids such as \"1 2 3\", found '%.10s'", (size_t)(p - text), p);
+    if (v < 0 || v >= vocab)
+      die(EXIT_USAGE, "ids: offset %zu: expected an id from 0 to %d, found %ld", (size_t)(p - text), vocab - 1, v);
     (*ids)[n++] = (int)v;
     p = end;
   }

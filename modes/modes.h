@@ -8,14 +8,17 @@ Defines:     run_mode.
 #ifndef MODES_H
 #define MODES_H
 
-#include "bench_infer.h"
+#include "bench.h"
 #include "chat.h"
 #include "eval.h"
 #include "generate.h"
 #include "logits.h"
+#include "perplexity.h"
 #include "pretrain.h"
+#include "tokenize.h"
 
-// The first is the default. Columns: name, arguments, what it does, groups of options, takes a preset, takes a directory, function.
+// The first is the default. Columns: name, arguments, what it does, groups of options, takes a preset, takes a directory
+// (2: may be left out), function.
 static const Mode modes[] = {
     {"pretrain", "[PRESET] [key=value]...", "train a model from random weights, or from init=DIR; go on with resume=RUN",
      GROUP_MODEL | GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_COMMAND, 1, 0, mode_pretrain},
@@ -23,13 +26,15 @@ static const Mode modes[] = {
     {"generate", "DIR prompt=TEXT", "continue a text; the text alone goes to stdout", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_generate},
     {"eval", "DIR [data=GLOB]", "loss and exact match on held-out data, at lambda = 1", GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_INFERENCE, 0, 1, mode_eval},
     {"logits", "DIR ids=\"1 2 3\"", "one line per position with all logits, for checking against a reference", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_logits},
-    {"bench", "decode", "how fast a packed model of the 2B4T shape runs", GROUP_SHARED, 0, 1, bench_inference}};
+    {"perplexity", "DIR file=TEXT | data=GLOB", "how well a model predicts a text, per token and per byte", GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_perplexity},
+    {"tokenize", "DIR", "text on stdin, token ids on stdout, line by line; decode=1: the other way", GROUP_INFERENCE, 0, 1, mode_tokenize},
+    {"bench", "[peaks|products|train|ops|decode]", "what the machine can do, and how much of it we use", GROUP_SHARED, 0, 2, mode_bench}};
 
 // Everything main does. Returns the exit code.
 static int run_mode(int argc, char **argv) {
   Options o;
   const Mode *mode = options_parse(&o, argc, argv, modes, ARRAY_LEN(modes));
-  if (mode->dir && o.dir[0] == 0) die(EXIT_USAGE, "%s needs a model directory: ./train_bitnet %s %s", mode->name, mode->name, mode->args);
+  if (mode->dir == 1 && o.dir[0] == 0) die(EXIT_USAGE, "%s needs a model directory: ./train_bitnet %s %s", mode->name, mode->name, mode->args);
   dev_init(o.threads);
   mode->run(&o);
   options_free(&o);

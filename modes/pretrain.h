@@ -33,7 +33,8 @@ static void pretrain_sample_(void *ctx, Model *m, StrBuf *out) {
 static void pretrain_describe_(void *ctx, StrBuf *b) {
   const Pretrain *p = (const Pretrain *)ctx;
   if (is_arithmetic(p->o)) {
-    strbuf_printf(b, ",\n\"data\": {\"problems\": %llu, \"heldout_evaluated\": %zu}", (unsigned long long)p->loader.arith.n_problems, p->eval.n_problems);
+    strbuf_printf(b, ",\n\"data\": {\"problems\": %llu, \"heldout_evaluated\": %zu}", (unsigned long long)p->loader.arith.n_problems,
+                  p->eval.n_problems);
     return;
   }
   strbuf_printf(b, ",\n\"data\": [");
@@ -62,8 +63,10 @@ static int pretrain_tokenizer_(Tokenizer *tok, const Options *o, const char *fro
     tokenizer_arithmetic(tok);
     return 1;
   } else {
-    const char *slash = strrchr(o->data, '/');
-    snprintf(dir, sizeof dir, "%.*s", slash ? (int)(slash - o->data) : 1, slash ? o->data : ".");
+    // Of several patterns the first one counts.
+    size_t n = strcspn(o->data, ",");
+    while (n > 0 && o->data[n - 1] != '/') n--;
+    snprintf(dir, sizeof dir, "%.*s", n > 1 ? (int)n - 1 : 1, n > 1 ? o->data : n == 1 ? "/" : ".");
   }
   path_join(path, sizeof path, dir, "tokenizer.json");
   if (!is_file(path) && !o->tokenizer[0]) return 0;
@@ -82,10 +85,12 @@ static void pretrain_resolve_(Options *o, const Tokenizer *tok) {
   }
   if (o->seq_len == 0) o->seq_len = 256;
   if (o->vocab == 0) {
-    if (tok == NULL) die(EXIT_USAGE, "no tokenizer.json beside %s; give its directory with tokenizer=DIR, or the size with vocab=N", o->data);
+    if (tok == NULL)
+      die(EXIT_USAGE, "no tokenizer.json beside %s; give its directory with tokenizer=DIR, or the size with vocab=N", o->data);
     o->vocab = tok->vocab_padded;
   }
-  if (tok && o->vocab < tok->vocab_size) die(EXIT_USAGE, "vocab=%d is smaller than the tokenizer's %d tokens", o->vocab, tok->vocab_size);
+  if (tok && o->vocab < tok->vocab_size)
+    die(EXIT_USAGE, "vocab=%d is smaller than the tokenizer's %d tokens", o->vocab, tok->vocab_size);
 }
 
 static void pretrain_put_memory_(FILE *f, const Memory *m) {
@@ -143,7 +148,8 @@ static void pretrain_introduce_(const Pretrain *p, const Model *m, const char *r
     const Arithmetic *a = &p->loader.arith;
     fprintf(stderr, "data    arithmetic: operations %s, operands %d to %d", a->ops, a->min, a->max);
     if (strchr(a->ops, '*')) fprintf(stderr, " (of * 0 to %d)", a->mul_max);
-    fprintf(stderr, "; %llu problems, %.0f%% of them held out, %zu of those evaluated\n", (unsigned long long)a->n_problems, 100 * a->holdout, p->eval.n_problems);
+    fprintf(stderr, "; %llu problems, %.0f%% of them held out, %zu of those evaluated\n", (unsigned long long)a->n_problems,
+            100 * a->holdout, p->eval.n_problems);
   } else {
     fprintf(stderr, "data    %s: %zu files, %.2fM tokens\n", o->data, p->loader.n_shards, (double)p->loader.n_tokens / 1e6);
   }
@@ -174,7 +180,8 @@ UNUSED static void mode_pretrain(Options *o) {
   pretrain_resolve_(o, has_tok ? &tok : NULL);
   if (!from[0]) config_from_options(&c, o);
   // Activations are stored as codes when every forward pass, those of evaluation included, runs at lambda = 1.
-  int codes_only = c.act_bits > 0 && (o->lambda_schedule == LAMBDA_NONE || (o->lambda_schedule == LAMBDA_WARMUP && lambda_ramp_steps(o) == 0));
+  int codes_only = c.act_bits > 0 &&
+                   (o->lambda_schedule == LAMBDA_NONE || (o->lambda_schedule == LAMBDA_WARMUP && lambda_ramp_steps(o) == 0));
   if (o->dry_run) {
     pretrain_dry_run_(o, &c, codes_only);
   } else {
@@ -193,7 +200,8 @@ UNUSED static void mode_pretrain(Options *o) {
       arithmetic_from_options(&a, o);
       loader_open_arithmetic(&p.loader, &a, &tok, (uint64_t)o->seed);
     } else {
-      loader_open_shards(&p.loader, o->data, c.vocab, has_tok ? tok.eos_id : -1, (uint64_t)o->seed, 1);
+      loader_open_shards(&p.loader, o->data, c.vocab, -1, (uint64_t)o->seed, 1);
+      if (has_tok && p.loader.eot < 0) p.loader.eot = tok.eos_id;   // the files do not say it: llm.c's
       if (has_tok) loader_check_tokenizer(&p.loader, &tok);
       loader_blocks(&p.loader, o->seq_len);
     }

@@ -122,10 +122,12 @@ static void test_tokenizer_files(void) {
 
   // Characters that JSON must escape or that take several bytes; ids out of order; an added token after the vocabulary and
   // one that repeats a piece of it; roles given as objects; roles missing.
-  static const char *const json =
-    "{\"version\":\"1.0\",\"added_tokens\":[{\"id\":7,\"content\":\"<end>\",\"special\":true},{\"id\":0,\"content\":\"?!\",\"special\":true}],"
-    "\"normalizer\":null,\"decoder\":{\"type\":\"Fuse\"},\"model\":{\"type\":\"BPE\",\"unk_token\":\"?!\",\"fuse_unk\":false,\"vocab\":"
-    "{\"\\u00e9\":3,\"?!\":0,\"\\\"\":1,\"\\\\\":2,\"\\ud83d\\ude00\":5,\"\\u20ac\":4,\"\\n\":6},\"merges\":[]}}";
+  static const char
+      *const json = "{\"version\":\"1.0\",\"added_tokens\":[{\"id\":7,\"content\":\"<end>\",\"special\":true},{\"id\":0,\"content\":"
+                    "\"?!\",\"special\":true}],"
+                    "\"normalizer\":null,\"decoder\":{\"type\":\"Fuse\"},\"model\":{\"type\":\"BPE\",\"unk_token\":\"?!\",\"fuse_"
+                    "unk\":false,\"vocab\":"
+                    "{\"\\u00e9\":3,\"?!\":0,\"\\\"\":1,\"\\\\\":2,\"\\ud83d\\ude00\":5,\"\\u20ac\":4,\"\\n\":6},\"merges\":[]}}";
   static const char *const config = "{\"eos_token\":{\"content\":\"<end>\",\"lstrip\":false},\"pad_token\":null}";
   static const int ids[] = {5, 2, 3, 6, 4, 1, 3};
   const char *other = test_dir();
@@ -186,7 +188,8 @@ static void test_tokenizer_refuses(void) {
   CHECK_REFUSED_TOKENIZER("", CHAR_MODEL_("\"a\":0"), "unk_token");
   CHECK_REFUSED_TOKENIZER("", "\"type\":\"BPE\",\"merges\":[],\"vocab\":{\"a\":0}", "unk_token, found none");
   CHECK_REFUSED_TOKENIZER("", "\"type\":\"BPE\",\"vocab\":[]", "vocab");
-  CHECK_REFUSED_TOKENIZER("\"added_tokens\":[{\"id\":3,\"content\":\"<e>\",\"special\":true}],", CHAR_MODEL_("\"?\":0"), "below 2|found 3");
+  CHECK_REFUSED_TOKENIZER("\"added_tokens\":[{\"id\":3,\"content\":\"<e>\",\"special\":true}],", CHAR_MODEL_("\"?\":0"),
+                          "below 2|found 3");
   CHECK_REFUSED_TOKENIZER("\"added_tokens\":[{\"id\":1,\"content\":\"?\",\"special\":true}],", CHAR_MODEL_("\"?\":0"), "again");
   CHECK_REFUSED_TOKENIZER("\"added_tokens\":[{\"id\":1,\"content\":\"cat\",\"special\":false}],", CHAR_MODEL_("\"?\":0"), "cat");
   CHECK_REFUSED_TOKENIZER("\"added_tokens\":[{\"id\":1}],", CHAR_MODEL_("\"?\":0"), "content");
@@ -658,7 +661,8 @@ static void test_shard_order(void) {
     int seen[16] = {0}, hits = 0;
     for (int i = 0; i < 16; i++) {
       int first = order[e][i], block = first < 101 ? first / 10 : 10 + (first - 110) / 10;
-      CHECK(first < 101 ? first % 10 == 0 && first < 100 : first >= 110 && first % 10 == 0 && first < 170, "a block starts at %d", first);
+      CHECK(first < 101 ? first % 10 == 0 && first < 100 : first >= 110 && first % 10 == 0 && first < 170, "a block starts at %d",
+            first);
       if (block >= 0 && block < 16 && !seen[block]++) hits++;
     }
     CHECK(hits == 16, "epoch %d: %d of 16 blocks", e, hits);

@@ -1,12 +1,11 @@
 /*
 test_infer.h: what must hold for packed weights, the screened classifier and frozen models: they are faster, and nothing else.
 
-What it is:  equalities. Packed products have the integer sums and the bits of gemm_i8; the fast kernels those of their plain twins; the classifier
-             those of linear_forward; the screened argmax is that of all logits, on random tables and on ones made to mislead it; a frozen
-             model, loaded from a directory, does everything that the float model does, bit for bit.
-What not:    speed (./train_bitnet bench decode).
-Read before: test_ops.h and test_model.h, whose helpers it uses; packed.h.
-Defines:     INFER_TESTS, the rows for the table of tests.
+What it is:  equalities. Packed products have the integer sums and the bits of gemm_i8; the fast kernels those of their plain twins;
+the classifier those of linear_forward; the screened argmax is that of all logits, on random tables and on ones made to mislead it; a
+frozen model, loaded from a directory, does everything that the float model does, bit for bit. What not:    speed (./train_bitnet bench
+decode). Read before: test_ops.h and test_model.h, whose helpers it uses; packed.h. Defines:     INFER_TESTS, the rows for the table of
+tests.
 */
 #ifndef TEST_INFER_H
 #define TEST_INFER_H
@@ -35,7 +34,8 @@ static BitWeight packed_weight_(const BitWeight *w, const float *master) {
 
 // Up to three matrices of odd sizes, many and few rows: codes, scales and products of the packed form are those of the usual one.
 static void test_packed_weights(void) {
-  static const int shapes[][4] = {{1, 0, 0, 1}, {5, 3, 2, 3}, {16, 0, 0, 64}, {33, 17, 15, 95}, {31, 0, 0, 96}, {40, 9, 0, 97}, {64, 64, 0, 192}, {130, 7, 1, 259}};
+  static const int shapes[][4] = {{1, 0, 0, 1},   {5, 3, 2, 3},   {16, 0, 0, 64},   {33, 17, 15, 95},
+                                  {31, 0, 0, 96}, {40, 9, 0, 97}, {64, 64, 0, 192}, {130, 7, 1, 259}};
   static const int rows[] = {1, 2, 3, 4, 5, 6, 7, 13, 31, 32, 33, 97};
   for (size_t i = 0; i < ARRAY_LEN(shapes); i++) {
     const int *s = shapes[i];
@@ -47,7 +47,8 @@ static void test_packed_weights(void) {
     for (size_t k = 0; k < ARRAY_LEN(rows); k++) {
       size_t R = (size_t)rows[k];
       QAct q = new_qact_(k % 2 ? 4 : 8, 1, R, K);
-      floatX *x = dev_acts_(normals_(R * K, 0, 2), R * K), *residual = dev_acts_(normals_(R * N, 0, 1), R * N), *y = dev_acts_(NULL, R * N), *z = dev_acts_(NULL, R * N);
+      floatX *x = dev_acts_(normals_(R * K, 0, 2), R * K), *residual = dev_acts_(normals_(R * N, 0, 1), R * N),
+             *y = dev_acts_(NULL, R * N), *z = dev_acts_(NULL, R * N);
       act_quant_forward(&q, x, (int)R, (int)K);
       for (int with = 0; with < 4; with++) {
         p.bias = w.bias = with & 1 ? bias : NULL;
@@ -109,8 +110,8 @@ static void test_packed_threads(void) {
 }
 
 #ifdef BITNET_MATMUL_H
-// The kernels against their plain twins and against plain sums, every number of rows and panels, also where the sums of the fields must be folded in
-// between.
+// The kernels against their plain twins and against plain sums, every number of rows and panels, also where the sums of the fields
+// must be folded in between.
 static void test_packed_twin(void) {
   for (size_t K = 1; K <= 1 << 20; K += K < 40 ? 1 : K < 300 ? 61 : (1 << 18) + 77) {
     enum { N = 2 * I8_WIDTH };
@@ -134,7 +135,8 @@ static void test_packed_twin(void) {
         packed_rows_scalar(b, q, stride, packed, bytes, units, rows, panels);
         CHECK(same_bits_(a, b, n), "K = %zu, %d rows, %d panels", K, rows, panels);
         for (size_t i = 0; i < n / sizeof(int32_t); i++) {
-          const int8_t *t = codes + (i / ((size_t)rows * I8_WIDTH) * I8_WIDTH + i % I8_WIDTH) * K, *x = q + i / I8_WIDTH % (size_t)rows * stride;
+          const int8_t *t = codes + (i / ((size_t)rows * I8_WIDTH) * I8_WIDTH + i % I8_WIDTH) * K,
+                       *x = q + i / I8_WIDTH % (size_t)rows * stride;
           int32_t want = 0;
           for (size_t k = 0; k < K; k++) want += (t[k] + 1) * x[k];
           CHECK(b[i] == want, "K = %zu: sum %zu is %d, wanted %d", K, i, b[i], want);
@@ -205,7 +207,8 @@ static void test_head(void) {
         int ids[70];
         for (size_t r = 0; r < R; r++) ids[r] = test_below_(V);
         int *tokens = dev_ints_(ids, R);
-        floatX *x = dev_acts_(normals_(nx, 0, 1), nx), *a = dev_acts_(NULL, nx), *b = dev_acts_(NULL, nx), *y = dev_acts_(NULL, ny), *z = dev_acts_(NULL, ny);
+        floatX *x = dev_acts_(normals_(nx, 0, 1), nx), *a = dev_acts_(NULL, nx), *b = dev_acts_(NULL, nx), *y = dev_acts_(NULL, ny),
+               *z = dev_acts_(NULL, ny);
         embedding_forward(a, tokens, wte, (int)R, C);
         head_embedding(b, tokens, &h, (int)R);
         CHECK(same_bits_(read_acts_(a, nx), read_acts_(b, nx), nx * sizeof(float)), "[%d,%d] form %d, %zu rows: embedding", V, C, form, R);
@@ -228,7 +231,8 @@ static const char *screen_case_(int number, float *table, float *x, int V, int C
   switch (number) {
     case 0: return "random";
     case 1:   // every row twice: the first of equals wins
-      for (int v = V / 2; v < V; v++) memcpy(table + (size_t)v * (size_t)C, table + (size_t)(v - V / 2) * (size_t)C, (size_t)C * sizeof(float));
+      for (int v = V / 2; v < V; v++)
+        memcpy(table + (size_t)v * (size_t)C, table + (size_t)(v - V / 2) * (size_t)C, (size_t)C * sizeof(float));
       return "pairs of equal rows";
     case 2:
       for (int v = 0; v < V; v++) memcpy(table + (size_t)v * (size_t)C, table, (size_t)C * sizeof(float));
@@ -304,8 +308,10 @@ static void test_screen(void) {
             const float *z = logits + (size_t)r * (size_t)V;
             int want = 0;
             for (int v = 1; v < known; v++) want = z[v] > z[want] ? v : want;
-            CHECK(got[r] == want, "[%d,%d] form %d, %s, row %d, %d ids: token %d, the largest logit has %d", V, C, form, name, r, known, got[r], want);
-            CHECK(unscreened[r] == want, "[%d,%d] form %d, %s, row %d, %d ids: token %d without a screen, wanted %d", V, C, form, name, r, known, unscreened[r], want);
+            CHECK(got[r] == want, "[%d,%d] form %d, %s, row %d, %d ids: token %d, the largest logit has %d", V, C, form, name, r,
+                  known, got[r], want);
+            CHECK(unscreened[r] == want, "[%d,%d] form %d, %s, row %d, %d ids: token %d without a screen, wanted %d", V, C, form, name,
+                  r, known, unscreened[r], want);
           }
         }
         end_test_();
@@ -317,8 +323,8 @@ static void test_screen(void) {
 
 #ifdef BITNET_MATMUL_H
 /*
-The bounds themselves: every exact logit lies below its upper bound, and in ordinary tables the bound is tight enough to rule nearly all rows out. The
-kernel's sums are those of its plain twin.
+The bounds themselves: every exact logit lies below its upper bound, and in ordinary tables the bound is tight enough to rule nearly
+all rows out. The kernel's sums are those of its plain twin.
 */
 static void test_screen_bounds(void) {
   enum { V = 1024, C = 384, R = 4 };
@@ -419,7 +425,8 @@ static void test_frozen(void) {
     model_quantize(&m[0], 1);
     model_load_frozen(&m[1], dir, precision);
     model_quantize(&m[1], 1);
-    CHECK(m[1].frozen && m[1].head.half == half && m[1].embed.half == half, "form %d: table is bf16: %d, should be %d", f, m[1].head.half, half);
+    CHECK(m[1].frozen && m[1].head.half == half && m[1].embed.half == half, "form %d: table is bf16: %d, should be %d", f,
+          m[1].head.half, half);
     CHECK((m[1].embed.table == m[1].head.table) == c.tie_embeddings, "form %d: tables shared", f);
     float *logits[2][3], losses[2], coef[2 * 70];
     Batch b;
@@ -435,14 +442,17 @@ static void test_frozen(void) {
       session_open(&s, &m[k], 2, 150, 2 * T, 1);
       for (int i = 0; i < 3; i++) logits[k][i] = host_floats_(2 * T * V);
       memcpy(logits[k][0], session_forward(&s, tokens, seq, pos, 2 * T), 2 * T * V * sizeof(float));
-      for (int i = 0; i < 2 * T; i += 6) memcpy(logits[k][1] + (size_t)i * V, session_forward(&s, tokens + i, seq + i, pos + i, 6), 6 * V * sizeof(float));
-      for (int i = 0; i < 2 * T; i++) memcpy(logits[k][2] + (size_t)i * V, session_forward(&s, tokens + i, seq + i, pos + i, 1), V * sizeof(float));
-      for (int i = 1; i < 3; i++) CHECK(same_bits_(logits[k][i], logits[k][0], 2 * T * V * sizeof(float)), "form %d, frozen %d: rows in pieces", f, k);
+      for (int i = 0; i < 2 * T; i += 6)
+        memcpy(logits[k][1] + (size_t)i * V, session_forward(&s, tokens + i, seq + i, pos + i, 6), 6 * V * sizeof(float));
+      for (int i = 0; i < 2 * T; i++)
+        memcpy(logits[k][2] + (size_t)i * V, session_forward(&s, tokens + i, seq + i, pos + i, 1), V * sizeof(float));
+      for (int i = 1; i < 3; i++)
+        CHECK(same_bits_(logits[k][i], logits[k][0], 2 * T * V * sizeof(float)), "form %d, frozen %d: rows in pieces", f, k);
       session_free(&s);
       model_alloc_batch(&m[k], 2, 70, 1, 1);
       losses[k] = (float)batch_loss(&m[k], &b, 0, coef, 0);
       for (size_t i = 0; i < ARRAY_LEN(samplers); i++) {
-        Prompt p[2] = {{tokens, 7, 1, out[k][0], 0, 0}, {tokens + 20, 40, 2, out[k][1], 0, 0}};
+        Prompt p[2] = {{tokens, 7, 0, 1, out[k][0], 0, 0}, {tokens + 20, 40, 0, 2, out[k][1], 0, 0}};
         session_open(&s, &m[k], 2, 150, i ? 16 : 64, 1);
         generate(&s, &samplers[i], p, 2, NEW, -1, c.vocab - 2, NULL, NULL);
         session_free(&s);
@@ -491,7 +501,8 @@ static void test_frozen_allocation(void) {
 }
 
 #ifdef BITNET_MATMUL_H
-// run_memory is what a frozen model and its session take; loading takes one matrix and the chunk that is read more, but not at the same time as the session.
+// run_memory is what a frozen model and its session take; loading takes one matrix and the chunk that is read more, but not at the
+// same time as the session.
 static void test_frozen_memory(void) {
   set_threads_(0);
   for (int f = 0; f < FROZEN_FORMS_; f++) {
@@ -543,7 +554,8 @@ static void test_frozen_refuses(void) {
     dev_copy_in(m.params + m.table.tensors[i].offset, &bad, sizeof bad);
     dir = saved_model_(&m);
     code = run_child(load_float_acts_, (void *)dir, err, sizeof err);
-    CHECK(code == EXIT_DAMAGED && strstr(err, m.table.tensors[i].name) != NULL, "NaN in %s: exit %d, %s", m.table.tensors[i].name, code, err);
+    CHECK(code == EXIT_DAMAGED && strstr(err, m.table.tensors[i].name) != NULL, "NaN in %s: exit %d, %s", m.table.tensors[i].name,
+          code, err);
     dev_copy_in(m.params + m.table.tensors[i].offset, &old, sizeof old);
   }
   model_free(&m);

@@ -33,7 +33,8 @@ static void parse_and_drop_(void *line) {
 }
 
 static void test_options_forms(void) {
-  static const char *const same[] = {"lr=0.002 steps=7 recompute=1 data=x", "--lr=2e-3 --steps=7 --recompute --data x", "--lr 0.002 num_steps=7 --grad-checkpoint=true dataset=x",
+  static const char *const same[] = {"lr=0.002 steps=7 recompute=1 data=x", "--lr=2e-3 --steps=7 --recompute --data x",
+                                     "--lr 0.002 num_steps=7 --grad-checkpoint=true dataset=x",
                                      "learning_rate=2.0e-3 --num-steps 7 recompute=on --data=x"};
   uint64_t fingerprint = 0;
   for (size_t i = 0; i < ARRAY_LEN(same); i++) {
@@ -42,7 +43,9 @@ static void test_options_forms(void) {
     CHECK(mode == &test_modes[0], "%s: mode", same[i]);
     CHECK(o.lr == 0.002 && o.steps == 7 && o.recompute == 1 && strcmp(o.data, "x") == 0, "%s: values", same[i]);
     CHECK(strcmp(o.preset, "arithmetic") == 0, "%s: the default preset, found '%s'", same[i], o.preset);
-    CHECK(options_is_set(&o, "lr") == FROM_USER && options_is_set(&o, "layers") == FROM_PRESET && options_is_set(&o, "beta1") == FROM_DEFAULT, "%s: sources", same[i]);
+    CHECK(options_is_set(&o, "lr") == FROM_USER && options_is_set(&o, "layers") == FROM_PRESET &&
+              options_is_set(&o, "beta1") == FROM_DEFAULT,
+          "%s: sources", same[i]);
     uint64_t f = options_fingerprint(&o);
     CHECK(i == 0 || f == fingerprint, "%s: the form of a value must not change the fingerprint", same[i]);
     fingerprint = f;
@@ -84,7 +87,8 @@ static void test_options_errors(void) {
     int code = run_child(parse_and_drop_, (void *)cases[i].line, err, sizeof err);
     CHECK(code == EXIT_USAGE, "%s: exit code %d", cases[i].line, code);
     snprintf(list, sizeof list, "%s", cases[i].words);
-    for (char *w = strtok(list, "|"); w; w = strtok(NULL, "|")) CHECK(strstr(err, w) != NULL, "%s: expected '%s' in: %s", cases[i].line, w, err);
+    for (char *w = strtok(list, "|"); w; w = strtok(NULL, "|"))
+      CHECK(strstr(err, w) != NULL, "%s: expected '%s' in: %s", cases[i].line, w, err);
   }
 }
 
@@ -98,11 +102,13 @@ static void test_options_json(void) {
   CHECK(json_parse(&doc, json.data, json.len, err, sizeof err), "options as JSON: %s", err);
   options_defaults(&b);
   options_from_json(&b, doc.root, FROM_FILE, "test");
-  CHECK(options_first_difference(&a, &b, STORED_GROUPS) == NULL, "round trip: %s differs", options_first_difference(&a, &b, STORED_GROUPS));
+  CHECK(options_first_difference(&a, &b, STORED_GROUPS) == NULL, "round trip: %s differs",
+        options_first_difference(&a, &b, STORED_GROUPS));
   CHECK(options_fingerprint(&a) == options_fingerprint(&b), "fingerprint after a round trip");
   CHECK(b.threads == 0, "threads are not stored");
   options_set(&b, "lr", "0.2", FROM_USER);
-  CHECK(strcmp(options_first_difference(&a, &b, STORED_GROUPS), "lr") == 0 && options_fingerprint(&a) != options_fingerprint(&b), "another lr is seen");
+  CHECK(strcmp(options_first_difference(&a, &b, STORED_GROUPS), "lr") == 0 && options_fingerprint(&a) != options_fingerprint(&b),
+        "another lr is seen");
   options_set(&b, "lr", "0.1", FROM_USER);
   options_set(&b, "eval_every", "3", FROM_USER);
   CHECK(options_fingerprint(&a) == options_fingerprint(&b), "how often to evaluate does not change the result");
@@ -115,12 +121,14 @@ static void test_options_json(void) {
   CHECK(safe_write_file(path, text, strlen(text)) == 0, "write %s", path);
   snprintf(line, sizeof line, "steps=3 config=%s", path);
   parse_line_(&b, line);
-  CHECK(b.steps == 3 && b.lr == 0.5 && b.recompute == 1 && b.lr_schedule == LR_WSD && b.batch_size == 64, "precedence of command line, file and preset");
+  CHECK(b.steps == 3 && b.lr == 0.5 && b.recompute == 1 && b.lr_schedule == LR_WSD && b.batch_size == 64,
+        "precedence of command line, file and preset");
   options_free(&b);
   text = "{\"lr\": 0.5, \"stesp\": 9}";
   CHECK(safe_write_file(path, text, strlen(text)) == 0, "write %s", path);
   char said[1024];
-  CHECK(run_child(parse_and_drop_, line, said, sizeof said) == EXIT_USAGE && strstr(said, "o.json") && strstr(said, "'steps'"), "unknown key in a file: %s", said);
+  CHECK(run_child(parse_and_drop_, line, said, sizeof said) == EXIT_USAGE && strstr(said, "o.json") && strstr(said, "'steps'"),
+        "unknown key in a file: %s", said);
   strbuf_free(&json);
   options_free(&a);
 }
@@ -131,7 +139,8 @@ static void test_options_presets(void) {
     Options o;
     parse_line_(&o, presets[i].name);
     CHECK(strcmp(o.preset, presets[i].name) == 0, "%s", presets[i].name);
-    CHECK(o.heads > 0 && (o.head_dim || o.dim % o.heads == 0) && o.heads % (o.kv_heads ? o.kv_heads : o.heads) == 0, "%s: shape", presets[i].name);
+    CHECK(o.heads > 0 && (o.head_dim || o.dim % o.heads == 0) && o.heads % (o.kv_heads ? o.kv_heads : o.heads) == 0, "%s: shape",
+          presets[i].name);
     CHECK(o.activation != 0 || o.tie_embeddings, "%s: relu2 presets keep the head tied", presets[i].name);
     options_free(&o);
   }

@@ -106,9 +106,13 @@ static void test_run_folder(void) {
   int steps = 0;
   double loss = 0, exact = -1, seconds = 0;
   const char *done = strstr(run_out, "done:");
-  CHECK(done && sscanf(done, "done: steps %d val_loss %lf exact_match %lf seconds %lf run %4095s", &steps, &loss, &exact, &seconds, line) == 5, "closing line: %s", run_out);
-  CHECK(steps == 12 && loss > 0 && exact >= 0 && strncmp(run, base, strlen(base)) == 0 && strstr(run, "first_"), "closing line: %s", run_out);
-  CHECK(run_out[strlen(run_out) - 1] == '\n' && strstr(done, "\n") == run_out + strlen(run_out) - 1, "the closing line is the last: %s", run_out);
+  CHECK(done && sscanf(done, "done: steps %d val_loss %lf exact_match %lf seconds %lf run %4095s", &steps, &loss, &exact, &seconds,
+                       line) == 5,
+        "closing line: %s", run_out);
+  CHECK(steps == 12 && loss > 0 && exact >= 0 && strncmp(run, base, strlen(base)) == 0 && strstr(run, "first_"), "closing line: %s",
+        run_out);
+  CHECK(run_out[strlen(run_out) - 1] == '\n' && strstr(done, "\n") == run_out + strlen(run_out) - 1,
+        "the closing line is the last: %s", run_out);
 
   // log.jsonl: rows 1..12 once each and in order, evaluations at 5, 10 and 12, all of it JSON.
   size_t len;
@@ -140,7 +144,9 @@ static void test_run_folder(void) {
   path_join(path, sizeof path, run, "checkpoints/latest");
   CHECK(contains_(path, "step_000012"), "latest");
   path_join(path, sizeof path, base, "latest/manifest.json");
-  CHECK(contains_(path, "\"status\": \"completed\"") && contains_(path, "\"git_commit\"") && contains_(path, "\"final_lambda\": 1") && contains_(path, "\"fingerprint\""), "manifest");
+  CHECK(contains_(path, "\"status\": \"completed\"") && contains_(path, "\"git_commit\"") && contains_(path, "\"final_lambda\": 1") &&
+            contains_(path, "\"fingerprint\""),
+        "manifest");
   path_join(path, sizeof path, run, "samples.txt");
   CHECK(contains_(path, "--- step 6 ---") && contains_(path, "--- step 12 ---"), "samples");
   path_join(path, sizeof path, run, "config.json");
@@ -151,7 +157,8 @@ static void test_run_folder(void) {
   double evaluated = -1;
   const char *m = strstr(run_out, "exact_match");
   CHECK(m && sscanf(m, "exact_match %lf", &evaluated) == 1, "eval: %s", run_out);
-  CHECK(program_("", "generate %s/checkpoints/step_000012 prompt=1+2= n=4 count=2", run) == 0 && strncmp(run_out, "1+2=", 4) == 0, "generate: %s%s", run_out, run_err);
+  CHECK(program_("", "generate %s/checkpoints/step_000012 prompt=1+2= n=4 count=2", run) == 0 && strncmp(run_out, "1+2=", 4) == 0,
+        "generate: %s%s", run_out, run_err);
   CHECK(program_("1+2=\n\n/quit\n", "chat %s", run) == 0 && strchr(run_out, '\n') != NULL, "chat: %s%s", run_out, run_err);
   CHECK(program_("", "logits %s ids=\"1 10,2\"", run) == 0, "logits: %s", run_err);
   int lines = 0, numbers = 1;
@@ -164,7 +171,8 @@ static void test_run_folder(void) {
 
 // The trained bits depend on the options of the result alone.
 static void test_run_same_bits(void) {
-  static const char *const variants[] = {"threads=1", "threads=2", "threads=3", "recompute=1", "eval_every=3 sample_every=2 save_every=1 log_every=2"};
+  static const char *const variants[] = {"threads=1", "threads=2", "threads=3", "recompute=1",
+                                         "eval_every=3 sample_every=2 save_every=1 log_every=2"};
   static const char *const lambdas[] = {"lambda_schedule=linear precision=fp32", "lambda_schedule=none"};
   char base[600], first[4096];
   snprintf(base, sizeof base, "%s", test_dir());
@@ -198,7 +206,8 @@ static void test_run_resume(void) {
     }
     CHECK(program_("", "resume=%s", part) == 0, "resume after %d: %s", stop, run_err);
     CHECK(strcmp(part, last_run_()) == 0, "the run goes on in its folder");
-    CHECK(same_in_runs_(whole, part, "model.safetensors") && same_in_runs_(whole, part, "training_state.safetensors"), "stopped at %d: other bits", stop);
+    CHECK(same_in_runs_(whole, part, "model.safetensors") && same_in_runs_(whole, part, "training_state.safetensors"),
+          "stopped at %d: other bits", stop);
     path_join(b, sizeof b, whole, "log.jsonl");
     size_t n, m;
     char *x = read_file(a, &n), *y = read_file(b, &m);
@@ -212,22 +221,29 @@ static void test_run_resume(void) {
     free(x);
     free(y);
   }
-  CHECK(program_("", "resume=%s", whole) == 0 && strstr(run_out, "done: steps 8"), "resuming a finished run reports it: %s%s", run_out, run_err);
-  CHECK(program_("", "resume=%s lr=0.5", whole) == EXIT_USAGE && strstr(run_err, "lr") && strstr(run_err, "init="), "another lr: %s", run_err);
+  CHECK(program_("", "resume=%s", whole) == 0 && strstr(run_out, "done: steps 8"), "resuming a finished run reports it: %s%s", run_out,
+        run_err);
+  CHECK(program_("", "resume=%s lr=0.5", whole) == EXIT_USAGE && strstr(run_err, "lr") && strstr(run_err, "init="), "another lr: %s",
+        run_err);
   CHECK(program_("", "resume=%s seed=1", whole) == EXIT_USAGE && strstr(run_err, "seed"), "another seed: %s", run_err);
   CHECK(program_("", "resume=%s tinystories", whole) == EXIT_USAGE, "another preset: %s", run_err);
   CHECK(program_("", "resume=%s threads=1 save_every=3", whole) == 0, "what does not change the result may change: %s", run_err);
   CHECK(program_("", "resume=%s/nothing", whole) == EXIT_USAGE, "no such run: %s", run_err);
-  CHECK(program_("", "init=%s run_dir=%s steps=2 dim=64", whole, base) == EXIT_USAGE && strstr(run_err, "dim"), "init fixes the shape: %s", run_err);
-  CHECK(program_("", "init=%s run_dir=%s steps=2 eval_problems=20 arith_max=9", whole, base) == 0, "a new run from a model: %s", run_err);
+  CHECK(program_("", "init=%s run_dir=%s steps=2 dim=64", whole, base) == EXIT_USAGE && strstr(run_err, "dim"),
+        "init fixes the shape: %s", run_err);
+  CHECK(program_("", "init=%s run_dir=%s steps=2 eval_problems=20 arith_max=9", whole, base) == 0, "a new run from a model: %s",
+        run_err);
 }
 
 // The first signal stops the run after the step and saves; it goes on afterwards.
 static void test_run_signal(void) {
   char base[600], run[4096], line[6000], path[4200];
   snprintf(base, sizeof base, "%s", test_dir());
-  snprintf(line, sizeof line, "%s " TINY "run_dir=%s steps=100000 >%s/out 2>%s/err & p=$!; while ! grep -q 'step *3' %s/err; do sleep 0.05; done; kill -TERM $p; wait $p",
-           binary_(), base, base, base, base);
+  snprintf(
+      line, sizeof line,
+      "%s " TINY
+      "run_dir=%s steps=100000 >%s/out 2>%s/err & p=$!; while kill -0 $p && ! grep -qs 'step *3' %s/err; do sleep 0.05; done; kill -TERM $p; wait $p",
+      binary_(), base, base, base, base);
   fflush(NULL);
   int status = system(line);
   CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "exit code after SIGTERM: %d", status);
@@ -236,7 +252,8 @@ static void test_run_signal(void) {
   CHECK(strstr(run_out, "done: steps ") != NULL, "closing line: %s", run_out);
   snprintf(run, sizeof run, "%s", last_run_());
   int steps = 0;
-  CHECK(sscanf(strstr(run_out, "done:") ? strstr(run_out, "done:") : "", "done: steps %d", &steps) == 1 && steps >= 3, "steps %d", steps);
+  CHECK(sscanf(strstr(run_out, "done:") ? strstr(run_out, "done:") : "", "done: steps %d", &steps) == 1 && steps >= 3, "steps %d",
+        steps);
   CHECK(program_("", "resume=%s stop_at=%d", run, steps + 2) == 0, "%s", run_err);
   char want[64];
   snprintf(want, sizeof want, "done: steps %d ", steps + 2);
@@ -247,9 +264,13 @@ static void test_run_signal(void) {
 static void test_run_not_finite(void) {
   char base[600], path[4200];
   snprintf(base, sizeof base, "%s", test_dir());
-  int code = program_("", TINY "run_dir=%s steps=50 lr=10 warmup_steps=0 grad_clip=0 init_std=10 norm_eps=1e-12 lambda_schedule=linear weight_decay=10 beta2=0 eps=0 save_every=1", base);
+  int code = program_("",
+                      TINY "run_dir=%s steps=50 lr=10 warmup_steps=0 grad_clip=0 init_std=10 norm_eps=1e-12 lambda_schedule=linear "
+                           "weight_decay=10 beta2=0 eps=0 save_every=1",
+                      base);
   CHECK(code == EXIT_FAILED, "exit code %d", code);
-  CHECK(strstr(run_err, "not finite") && strstr(run_err, "3 updates in a row"), "message: %s", run_err + (strlen(run_err) > 400 ? strlen(run_err) - 400 : 0));
+  CHECK(strstr(run_err, "not finite") && strstr(run_err, "3 updates in a row"), "message: %s",
+        run_err + (strlen(run_err) > 400 ? strlen(run_err) - 400 : 0));
   path_join(path, sizeof path, base, "latest/manifest.json");
   CHECK(contains_(path, "\"status\": \"failed\""), "manifest");
 }
@@ -337,14 +358,17 @@ static void test_save_faults(void) {
       s.operation = operation;
       int code = run_child(saver_save_, &s, err, sizeof err);
       saved = code == 0;
-      if (!saved && !kill) CHECK(code == EXIT_FAILED && strstr(err, "cannot save") && strstr(err, "No space left"), "operation %d: exit %d, %s", operation, code, err);
+      if (!saved && !kill)
+        CHECK(code == EXIT_FAILED && strstr(err, "cannot save") && strstr(err, "No space left"), "operation %d: exit %d, %s",
+              operation, code, err);
       if (!saved && kill) CHECK(code == 99, "operation %d: exit %d", operation, code);
       code = run_child(saver_load_, &s, err, sizeof err);
       CHECK(code == 41 || code == 42, "after a fault in operation %d the checkpoint does not load: exit %d, %s", operation, code, err);
       if (code == 41) survived++;
       if (saved) CHECK(code == 42, "a save without a fault is the newest");
     }
-    CHECK(saved && operation > 20 && survived > 15, "%d operations were broken, %d times the old checkpoint was the newest", operation - 1, survived);
+    CHECK(saved && operation > 20 && survived > 15, "%d operations were broken, %d times the old checkpoint was the newest",
+          operation - 1, survived);
     saver_close_(&s);
   }
 }
@@ -359,7 +383,8 @@ static void overwrite_(const char *path, const char *data, size_t n) {
 }
 
 static void test_damaged_files(void) {
-  static const char *const names[] = {"config.json", "model.safetensors", "training_state.safetensors", "tokenizer.json", "tokenizer_config.json"};
+  static const char *const names[] = {"config.json", "model.safetensors", "training_state.safetensors", "tokenizer.json",
+                                      "tokenizer_config.json"};
   Saver s;
   char err[2048], dir[4096], path[4200];
   saver_open_(&s);
@@ -382,7 +407,8 @@ static void test_damaged_files(void) {
       // Blanks and the names of fields that nobody reads carry no meaning: there a flip may load with equal content.
       int harmless = code == 43 && (strcmp(names[f], "tokenizer_config.json") == 0 || strcmp(names[f], "tokenizer.json") == 0);
       CHECK(code == EXIT_DAMAGED || harmless, "%s: bit %d of byte %zu of %zu flipped: exit %d, %s", names[f], bit, at, len, code, err);
-      if (code == EXIT_DAMAGED) CHECK(strstr(err, names[f]) || strstr(err, "config.json"), "%s: byte %zu: the message names no file: %s", names[f], at, err);
+      if (code == EXIT_DAMAGED)
+        CHECK(strstr(err, names[f]) || strstr(err, "config.json"), "%s: byte %zu: the message names no file: %s", names[f], at, err);
     }
     // Cut off anywhere.
     for (size_t k = 0; k < 20; k++) {
@@ -391,7 +417,8 @@ static void test_damaged_files(void) {
       int code = run_child(saver_load_, &s, err, sizeof err);
       int harmless = code == 43 && cut == len - 1 && strstr(names[f], "tokenizer");   // only the last newline is missing
       CHECK(code == EXIT_DAMAGED || harmless, "%s: cut to %zu of %zu bytes: exit %d, %s", names[f], cut, len, code, err);
-      if (code == EXIT_DAMAGED) CHECK(strstr(err, names[f]) && (strstr(err, "expected") || strstr(err, "offset")), "%s: %s", names[f], err);
+      if (code == EXIT_DAMAGED)
+        CHECK(strstr(err, names[f]) && (strstr(err, "expected") || strstr(err, "offset")), "%s: %s", names[f], err);
     }
     overwrite_(path, whole, len);
     free(whole);
@@ -438,8 +465,10 @@ static void test_run_errors(void) {
   for (size_t i = 0; i < ARRAY_LEN(cases); i++) {
     int code = program_("", "%s", cases[i].args);
     CHECK(code == cases[i].code, "%s: exit code %d, %s", cases[i].args, code, run_err);
-    CHECK(strstr(code ? run_err : run_out, cases[i].words) != NULL, "%s: expected '%s' in: %s", cases[i].args, cases[i].words, code ? run_err : run_out);
-    if (code) CHECK(strncmp(run_err, "error: ", 7) == 0 && run_out[0] == 0, "%s: an error goes to stderr alone: %s", cases[i].args, run_out);
+    CHECK(strstr(code ? run_err : run_out, cases[i].words) != NULL, "%s: expected '%s' in: %s", cases[i].args, cases[i].words,
+          code ? run_err : run_out);
+    if (code)
+      CHECK(strncmp(run_err, "error: ", 7) == 0 && run_out[0] == 0, "%s: an error goes to stderr alone: %s", cases[i].args, run_out);
   }
 }
 
