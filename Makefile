@@ -5,7 +5,7 @@
 
 CC      = gcc
 CXX     = g++
-MARCH   = -march=native
+MARCH   = -march=native -mprefer-vector-width=512
 # -Wno-pass-failed: clang reports loops marked simd that it decides not to vectorise.
 WARN    = -Wall -Wextra -Wno-pass-failed $(if $(WERROR),-Werror)
 COMMIT := $(shell git describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null || echo unknown)

@@ -5,14 +5,15 @@ What it is:  three products, the large ones packed into panels and blocked for r
                gemm      C = A B      float operands, B may be int8 codes; both products of the backward pass, the classifier, and
                                       the forward pass while lambda < 1
                gemm_i8   y = q w'     int8 activations times ternary weights, summed in int32: the forward pass at lambda = 1
-               small_product   what attention multiplies, in place and without packing
+               block_product   what attention multiplies: small blocks that the caller has packed
              in several kernels, chosen when the program is compiled for the machine's instructions:
                fp32      vectors of the compiler, any machine           int8   plain C, any machine
                bf16      AVX-512 BF16, 2 products a lane                       AVX-512 VNNI, 4 products a lane
                bf16      AMX, 16 x 16 x 32 in one instruction                  AMX, 16 x 16 x 64 in one instruction
 What not:    no policy and no shapes of the network; train_bitnet.c decides what is multiplied by what.
 Read before: bitnet/ops.h.
-Defines:     exp_fast; Product, gemm, gemm_scratch_bytes; small_product; ternary_panel_bytes, ternary_pack_panels, gemm_i8.
+Defines:     exp_fast; Product, gemm, gemm_scratch_bytes; pack_left, pack_right, left_put,
+             block_product, transpose; ternary_panel_bytes, ternary_pack_panels, gemm_i8.
 
 How a fast product works. A value that was loaded should be used as often as possible before it leaves the register. So C
 is computed in tiles of mr x nr that live in registers: each step of the inner loop loads nr values of B and mr of A
@@ -63,6 +64,7 @@ any kernel may take any part.
 #endif
 typedef float vfloat __attribute__((vector_size(VBYTES)));
 typedef float vfloat_anywhere __attribute__((vector_size(VBYTES), aligned(sizeof(float))));
+#define ALIGNED __attribute__((aligned(64)))
 enum { VL = VBYTES / sizeof(float), NR = 2 * VL };
 
 static int thread_count(void) {
@@ -227,6 +229,7 @@ Packing pads with zeros: rows and columns beyond the matrix, and k up to a multi
 */
 typedef struct {
   size_t mr, nr, kc, k_step, bytes;   // bytes of an element in a panel
+  size_t mc, qc;                      // rows and columns of C that a thread's own cache holds beside kc x qc of B and mc x kc of A
   void (*pack_a)(void *out, const Product *g, size_t i0, size_t p0, size_t kc);
   void (*pack_b)(void *out, const Product *g, size_t j0, size_t p0, size_t kc);
   // c [mr][nr], rows ldc apart: = a b, or += a b where load is set
@@ -235,9 +238,9 @@ typedef struct {
 } Kernel;
 
 enum {
-  MC = 96,                 // rows of A that a thread packs at a time: a multiple of every mr
-  NC = 1024,               // columns of B that are packed at a time
-  KC_MAX = 512, MR_MAX = 32, NR_MAX = 32
+  KB = 2048,               // k that are packed at a time
+  B_MAX = 4 << 20,         // elements of B that are packed at a time
+  MR_MAX = 32, NR_MAX = 32, KC_MAX = 512, MC_MAX = 384
 };
 
 // A bf16 number as a float.
@@ -246,6 +249,13 @@ static inline float float_of_half(uint16_t half) {
   float x;
   memcpy(&x, &u, 4);
   return x;
+}
+
+// The upper half of a float whose lower half is 0: a bf16 number.
+static inline uint16_t half_of_float(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return (uint16_t)(u >> 16);
 }
 
 // float rounded to the nearest bf16 (ties to even), returned as a float. Codes up to 256 and their products are exact.
@@ -335,7 +345,7 @@ static void tile_f32(float *c, size_t ldc, int load, const void *a_panel, const 
   }
 }
 
-static const Kernel kernel_f32 = {MR, NR, 256, 1, sizeof(float), pack_a_f32, pack_b_f32, tile_f32, 0};
+static const Kernel kernel_f32 = {MR, NR, 256, 1, sizeof(float), 192, 384, pack_a_f32, pack_b_f32, tile_f32, 0};
 
 // ---- bf16: two neighbouring k share a 32-bit word; panels are words ----
 
@@ -400,6 +410,10 @@ static inline __attribute__((always_inline)) void load_pairs(__m512i t[16], cons
     __mmask16 lanes = lanes16(nx);
     for (size_t pair = 0; pair < 16; pair++) {
       size_t k = 2 * pair, at = (k0 + k) * o->sk + x0;
+      if (o->f) {   // the panel after this one, which begins 32 x further: hundreds of rows from now
+        _mm_prefetch(o->f + at + 32, _MM_HINT_T1);
+        _mm_prefetch(o->f + at + o->sk + 32, _MM_HINT_T1);
+      }
       __m512 a = k < nk ? load16(o, at, lanes) : _mm512_setzero_ps(),
              b = k + 1 < nk ? load16(o, at + o->sk, lanes) : _mm512_setzero_ps();
       if (o->scale) {
@@ -463,7 +477,7 @@ static void tile_bf16(float *c, size_t ldc, int load, const void *a_panel, const
   }
 }
 
-static const Kernel kernel_bf16 = {BF_MR, 32, 256, 32, 2, pack_a_bf16, pack_b_bf16, tile_bf16, 0};
+static const Kernel kernel_bf16 = {BF_MR, 32, 256, 32, 2, 192, 384, pack_a_bf16, pack_b_bf16, tile_bf16, 0};
 #endif
 
 #ifdef BITNET_AMX
@@ -512,27 +526,49 @@ static void tile_amx(float *c, size_t ldc, int load, const void *a_panel, const 
   _tile_stored(3, c + 16 * ldc + 16, row);
 }
 
-static const Kernel kernel_amx = {32, 32, 512, 32, 2, pack_a_amx, pack_b_bf16, tile_amx, 1};
+static const Kernel kernel_amx = {32, 32, 512, 32, 2, 384, 384, pack_a_amx, pack_b_bf16, tile_amx, 1};
 #endif
 
-// The fastest kernel for this product. The bf16 kernels need one stride of each operand to be 1, which every caller has.
-static const Kernel *gemm_kernel(const Product *g) {
-#ifdef BITNET_BF16
-  int contiguous = (g->a_row == 1 || g->a_col == 1) && (g->b_row == 1 || g->b_col == 1);
-  if (g->precision == PRECISION_BF16 && contiguous) {
+// The fastest kernel for this precision. The bf16 kernels need operands of which one stride is 1.
+static const Kernel *fastest_kernel(int precision) {
 #ifdef BITNET_AMX
-    if (amx_ready()) return &kernel_amx;
+  if (precision == PRECISION_BF16 && amx_ready()) return &kernel_amx;
 #endif
-    return &kernel_bf16;
-  }
+#ifdef BITNET_BF16
+  if (precision == PRECISION_BF16) return &kernel_bf16;
 #endif
-  (void)g;
+  (void)precision;
   return &kernel_f32;
 }
 
-// Bytes of scratch for any product: one packed block of B, shared, and one block of A for each thread.
-static size_t gemm_scratch_bytes(void) {
-  return ((size_t)KC_MAX * NC + (size_t)thread_count() * (MC + MR_MAX) * KC_MAX) * sizeof(float);
+// Every thread calls these around its use of a kernel.
+static void kernel_begin(const Kernel *k) {
+  if (k->amx) amx_begin();
+}
+
+static void kernel_end(const Kernel *k) {
+  if (k->amx) amx_end();
+}
+
+static const Kernel *gemm_kernel(const Product *g) {
+  int contiguous = (g->a_row == 1 || g->a_col == 1) && (g->b_row == 1 || g->b_col == 1);
+  return contiguous ? fastest_kernel(g->precision) : &kernel_f32;
+}
+
+// Elements of a packed block of B, k x columns, with padding.
+static size_t b_block_elements(size_t k, size_t columns) {
+  return (k + 31) / 32 * 32 * ((columns + NR_MAX - 1) / NR_MAX * NR_MAX);
+}
+
+/*
+Bytes of scratch for a product whose three sizes are these, in any order: one packed block of B, shared, and one block of A for each thread.
+*/
+static size_t gemm_scratch_bytes(size_t x, size_t y, size_t z) {
+  size_t most = b_block_elements(x, y);
+  if (b_block_elements(y, z) > most) most = b_block_elements(y, z);
+  if (b_block_elements(x, z) > most) most = b_block_elements(x, z);
+  if (most > B_MAX) most = B_MAX;
+  return (most + (size_t)thread_count() * MC_MAX * KB) * sizeof(float);
 }
 
 // One tile of C. Inside the matrix the kernel works in place; at its edges on a copy, of which the valid part is put back.
@@ -566,44 +602,75 @@ static void gemm_finish(const Product *g, size_t i0, size_t i1, size_t j0, size_
   }
 }
 
+// Piece p of kb values of k: where it begins, how many there are, and how many with padding.
+typedef struct {
+  size_t first, kc, padded;
+} GemmPiece;
+
+static inline GemmPiece gemm_piece(const Kernel *k, size_t kb, size_t p) {
+  GemmPiece x;
+  x.first = p * k->kc;
+  x.kc = kb - x.first < k->kc ? kb - x.first : k->kc;
+  x.padded = (x.kc + k->k_step - 1) / k->k_step * k->k_step;
+  return x;
+}
+
 /*
-The loops around the tile (the scheme of GotoBLAS): a block of B, kc x NC, is packed by all threads together; then each thread takes
-blocks of rows of A, packs them for itself and runs over the tiles. Where there are few rows, the columns are shared out as well.
-scratch: gemm_scratch_bytes(), aligned to 64.
+The loops around the tile, after the scheme of GotoBLAS. A block of B of up to B_MAX elements is packed by all threads together and stays
+in the shared cache. Each thread takes mc rows of A and qc columns, and adds kc after kc to these mc x qc numbers of C, which stay in its
+own cache beside kc x qc of B and the mc x kc of A that it packs for itself; the panel of A that the innermost loop uses
+again and again stays in the first-level cache. Rows are shared out evenly; where there are few, columns, too.
+
+The sums run over k in pieces of kc from 0 on, however the rest is cut: no bit depends on the number of threads.
+scratch: gemm_scratch_bytes(M, N, K), aligned to 64.
 */
 static void gemm_by(const Kernel *k, const Product *g, void *scratch) {
-  char *b_block = (char *)scratch, *a_blocks = b_block + (size_t)KC_MAX * NC * sizeof(float);
-  size_t threads = (size_t)thread_count();
-  size_t mc = (g->M / (2 * threads) / k->mr + 1) * k->mr;
-  if (mc > MC / k->mr * k->mr) mc = MC / k->mr * k->mr;
-  size_t row_blocks = (g->M + mc - 1) / mc;
-  for (size_t j0 = 0; j0 < g->N; j0 += NC) {
-    size_t nc = g->N - j0 < NC ? g->N - j0 : NC, b_panels = (nc + k->nr - 1) / k->nr;
-    size_t groups = row_blocks >= 2 * threads ? 1 : (2 * threads + row_blocks - 1) / row_blocks;
+  size_t threads = (size_t)thread_count(), panels = (g->M + k->mr - 1) / k->mr, blocks = (g->M + k->mc - 1) / k->mc;
+  if (panels >= threads) blocks = (blocks + threads - 1) / threads * threads;
+  if (blocks > panels) blocks = panels;
+  size_t kb_max = g->K < KB ? g->K : KB, nc_max = B_MAX / ((kb_max + 31) / 32 * 32) / NR_MAX * NR_MAX;
+  char *a_blocks = (char *)scratch, *b_block = a_blocks + threads * MC_MAX * KB * sizeof(float);
+  for (size_t j0 = 0; j0 < g->N; j0 += nc_max) {
+    size_t nc = g->N - j0 < nc_max ? g->N - j0 : nc_max, b_panels = (nc + k->nr - 1) / k->nr;
+    size_t groups = panels >= 4 * threads ? 1 : (2 * threads + blocks - 1) / blocks;
     if (groups > b_panels) groups = b_panels;
-    for (size_t p0 = 0; p0 < g->K; p0 += k->kc) {
-      size_t kc = g->K - p0 < k->kc ? g->K - p0 : k->kc, padded = (kc + k->k_step - 1) / k->k_step * k->k_step;
-      size_t a_bytes = padded * k->mr * k->bytes, b_bytes = padded * k->nr * k->bytes;
-      int load = p0 > 0 || g->accumulate, last = p0 + kc == g->K;
+    for (size_t kb0 = 0; kb0 < g->K; kb0 += KB) {
+      size_t kb = g->K - kb0 < KB ? g->K - kb0 : KB, pieces = (kb + k->kc - 1) / k->kc;
+      int last = kb0 + kb == g->K;
 #pragma omp parallel
       {
-        if (k->amx) amx_begin();
-#pragma omp for schedule(static)
-        for (size_t q = 0; q < b_panels; q++) k->pack_b(b_block + q * b_bytes, g, j0 + q * k->nr, p0, kc);
-        char *a_block = a_blocks + (size_t)thread_index() * (MC + MR_MAX) * KC_MAX * sizeof(float);
-#pragma omp for schedule(static)
-        for (size_t task = 0; task < row_blocks * groups; task++) {
-          size_t i0 = task / groups * mc, i1 = g->M - i0 < mc ? g->M : i0 + mc, a_panels = (i1 - i0 + k->mr - 1) / k->mr;
-          size_t q0 = task % groups * b_panels / groups, q1 = (task % groups + 1) * b_panels / groups;
-          for (size_t r = 0; r < a_panels; r++) k->pack_a(a_block + r * a_bytes, g, i0 + r * k->mr, p0, kc);
-          for (size_t q = q0; q < q1; q++) {
-            for (size_t r = 0; r < a_panels; r++) {
-              gemm_tile(k, g, i0 + r * k->mr, j0 + q * k->nr, load, a_block + r * a_bytes, b_block + q * b_bytes, kc);
-            }
+        kernel_begin(k);
+#pragma omp for schedule(static) collapse(2)
+        for (size_t p = 0; p < pieces; p++) {
+          for (size_t q = 0; q < b_panels; q++) {
+            GemmPiece x = gemm_piece(k, kb, p);
+            k->pack_b(b_block + (p * k->kc * b_panels + q * x.padded) * k->nr * k->bytes, g, j0 + q * k->nr, kb0 + x.first, x.kc);
           }
-          if (last && (g->bias || g->residual)) gemm_finish(g, i0, i1, j0 + q0 * k->nr, q1 == b_panels ? j0 + nc : j0 + q1 * k->nr);
         }
-        if (k->amx) amx_end();
+        char *a_block = a_blocks + (size_t)thread_index() * MC_MAX * KB * sizeof(float);
+#pragma omp for schedule(static)
+        for (size_t task = 0; task < blocks * groups; task++) {
+          size_t r0 = panels * (task / groups) / blocks, r1 = panels * (task / groups + 1) / blocks;
+          size_t q0 = b_panels * (task % groups) / groups, q1 = b_panels * (task % groups + 1) / groups;
+          for (size_t qq = q0; qq < q1; qq += k->qc / k->nr) {
+            size_t q_end = qq + k->qc / k->nr < q1 ? qq + k->qc / k->nr : q1;
+            for (size_t p = 0; p < pieces; p++) {
+              GemmPiece x = gemm_piece(k, kb, p);
+              char *a = a_block + p * k->kc * (r1 - r0) * k->mr * k->bytes;
+              const char *b = b_block + p * k->kc * b_panels * k->nr * k->bytes;
+              size_t a_bytes = x.padded * k->mr * k->bytes, b_bytes = x.padded * k->nr * k->bytes;
+              int load = g->accumulate || kb0 + p > 0;
+              for (size_t r = r0; r < r1 && qq == q0; r++) k->pack_a(a + (r - r0) * a_bytes, g, r * k->mr, kb0 + x.first, x.kc);
+              for (size_t r = r0; r < r1; r++) {
+                for (size_t q = qq; q < q_end; q++)
+                  gemm_tile(k, g, r * k->mr, j0 + q * k->nr, load, a + (r - r0) * a_bytes, b + q * b_bytes, x.kc);
+              }
+            }
+            size_t i1 = r1 * k->mr < g->M ? r1 * k->mr : g->M, j1 = q_end * k->nr < nc ? q_end * k->nr : nc;
+            if (last && (g->bias || g->residual)) gemm_finish(g, r0 * k->mr, i1, j0 + qq * k->nr, j0 + j1);
+          }
+        }
+        kernel_end(k);
       }
     }
   }
@@ -615,70 +682,78 @@ static void gemm(const Product *g, void *scratch) {
 
 // ---------------------------------------------------------------------------------------------------------
 /*
-Small products without packing, for attention: c [I,J] (=, or += where load is set) a b with b [P,J] read in place, rows ldb apart, and
-a(i,p) = a[i*ai + p*ap], so a may lie transposed. Every element is summed over p in order, so its bits depend on its own row of a and
-column of b alone, however the rest is cut into tiles.
+Blocks: what attention multiplies. Its operands are small and each is used many times, so the caller packs them himself, into panels of
+the kernel k, the left one [M,K] or the right one [K,N], and multiplies whole blocks. Every element of the result is summed over k in
+order, so its bits depend on its own row of the left and column of the right operand alone.
 */
-// The first n <= VL numbers at x as a vector, and back.
-static inline __attribute__((always_inline)) vfloat load_part(const float *x, size_t n) {
-  if (n == VL) return *(const vfloat_anywhere *)x;
-  vfloat v = {0};
-  memcpy(&v, x, n * sizeof(float));
-  return v;
+static size_t padded_to(size_t n, size_t unit) {
+  return (n + unit - 1) / unit * unit;
 }
 
-static inline __attribute__((always_inline)) void store_part(float *x, vfloat v, size_t n) {
-  if (n == VL) *(vfloat_anywhere *)x = v;
-  else memcpy(x, &v, n * sizeof(float));
+static size_t left_bytes(const Kernel *k, size_t M, size_t K) {
+  return padded_to(M, k->mr) * padded_to(K, k->k_step) * k->bytes;
 }
 
-// I rows by V vectors of columns, `part` columns in each vector: VL, or fewer with V = 1.
-static inline __attribute__((always_inline)) void small_tile(float *c, size_t ldc, int load, const float *a, size_t ai, size_t ap,
-                                                             const float *b, size_t ldb, size_t P, const int I, const int V,
-                                                             size_t part) {
-  vfloat acc[4][4];
-#pragma GCC unroll 4
-  for (int i = 0; i < I; i++) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) acc[i][v] = load ? load_part(c + (size_t)i * ldc + v * VL, part) : (vfloat){0};
-  }
-  for (size_t p = 0; p < P; p++) {
-    vfloat bp[4];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) bp[v] = load_part(b + p * ldb + v * VL, part);
-#pragma GCC unroll 4
-    for (int i = 0; i < I; i++) {
-      float x = a[(size_t)i * ai + p * ap];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) acc[i][v] += x * bp[v];
+static size_t right_bytes(const Kernel *k, size_t K, size_t N) {
+  return padded_to(N, k->nr) * padded_to(K, k->k_step) * k->bytes;
+}
+
+// left (=) the matrix with elements x[i*row + p*col]; one of row and col is 1.
+static void pack_left(const Kernel *k, void *left, const float *x, size_t row, size_t col, size_t M, size_t K, int precision) {
+  Product g = {0};
+  g.M = M, g.K = K;
+  g.A = x, g.a_row = row, g.a_col = col;
+  g.precision = precision;
+  for (size_t i = 0; i < M; i += k->mr) k->pack_a((char *)left + left_bytes(k, i, K), &g, i, 0, K);
+}
+
+// right (=) the matrix with elements x[p*row + j*col]; one of row and col is 1.
+static void pack_right(const Kernel *k, void *right, const float *x, size_t row, size_t col, size_t K, size_t N, int precision) {
+  Product g = {0};
+  g.N = N, g.K = K;
+  g.B = x, g.b_row = row, g.b_col = col;
+  g.precision = precision;
+  for (size_t j = 0; j < N; j += k->nr) k->pack_b((char *)right + right_bytes(k, K, j), &g, j, 0, K);
+}
+
+// y (=) [m,n], rows `stride` apart, the transpose of x [n,m], whose rows lie ldx apart.
+static void transpose(float *y, size_t stride, const float *x, size_t ldx, size_t m, size_t n) {
+#ifdef BITNET_VNNI
+  for (size_t i = 0; i < m; i += 16) {
+    for (size_t k = 0; k < n; k += 16) {
+      __m512i t[16];
+      size_t rows = m - i < 16 ? m - i : 16, columns = n - k < 16 ? n - k : 16;
+      for (size_t c = 0; c < 16; c++)
+        t[c] = c < columns ? _mm512_maskz_loadu_epi32(lanes16(rows), x + (k + c) * ldx + i) : _mm512_setzero_si512();
+      transpose16(t);
+      for (size_t r = 0; r < rows; r++) _mm512_mask_storeu_epi32(y + (i + r) * stride + k, lanes16(columns), t[r]);
     }
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < I; i++) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) store_part(c + (size_t)i * ldc + v * VL, acc[i][v], part);
+#else
+  for (size_t i = 0; i < m; i++) {
+    for (size_t k = 0; k < n; k++) y[i * stride + k] = x[k * ldx + i];
   }
+#endif
 }
 
-// All rows of V vectors of columns.
-static inline __attribute__((always_inline)) void small_columns(float *c, size_t ldc, int load, const float *a, size_t ai, size_t ap,
-                                                                const float *b, size_t ldb, size_t I, size_t P, const int V,
-                                                                size_t part) {
-  size_t i = 0;
-  for (; i + 4 <= I; i += 4) small_tile(c + i * ldc, ldc, load, a + i * ai, ai, ap, b, ldb, P, 4, V, part);
-  for (; i < I; i++) small_tile(c + i * ldc, ldc, load, a + i * ai, ai, ap, b, ldb, P, 1, V, part);
+// One element (i, p) of a left operand with K columns (=).
+static inline void left_put(const Kernel *k, void *left, size_t K, size_t i, size_t p, float x, int precision) {
+  char *panel = (char *)left + left_bytes(k, i / k->mr * k->mr, K);
+  i %= k->mr;
+  if (precision == PRECISION_BF16) x = round_bf16(x);
+  if (k->bytes == sizeof(float)) ((float *)panel)[p * k->mr + i] = x;
+  else if (k->amx) ((uint16_t *)panel)[(p / 32 * k->mr + i) * 32 + p % 32] = half_of_float(x);
+  else ((uint16_t *)panel)[(p / 2 * k->mr + i) * 2 + p % 2] = half_of_float(x);
 }
 
-static void small_product(float *c, size_t ldc, int load, const float *a, size_t ai, size_t ap, const float *b, size_t ldb,
-                          size_t I, size_t J, size_t P) {
-  size_t j = 0;
-  for (; j + 4 * VL <= J; j += 4 * VL) small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 4, VL);
-  for (; j + 3 * VL <= J; j += 3 * VL) small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 3, VL);
-  for (; j + 2 * VL <= J; j += 2 * VL) small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 2, VL);
-  for (; j + VL <= J; j += VL) small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 1, VL);
-  if (j < J)
-    small_columns(c + j, ldc, load, a, ai, ap, b + j, ldb, I, P, 1,
-                  J - j);   // still vectors: the same instruction rounds the same way
+// c, rows ldc apart: = left right, or += where load is set. It is written in whole tiles: M and N rounded up to mr and nr. The left
+// operand may have been packed with more columns, left_K; the first K of them count.
+static void block_product(const Kernel *k, float *c, size_t ldc, int load, const void *left, const void *right, size_t M, size_t N,
+                          size_t K, size_t left_K) {
+  for (size_t i = 0; i < M; i += k->mr) {
+    for (size_t j = 0; j < N; j += k->nr)
+      k->tile(c + i * ldc + j, ldc, load, (const char *)left + left_bytes(k, i, left_K), (const char *)right + right_bytes(k, K, j), K);
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -694,7 +769,7 @@ The instruction wants one unsigned operand; with code + 1 the sum comes out too 
 is subtracted once per row. Sums are exact: |sum| <= 3 * 127 * K < 2^31 for K below five million. The number of groups of four is padded
 to a multiple of 16, which is what an AMX tile holds; padding is multiplied by zeros.
 */
-enum { I8_WIDTH = 16, I8_ROWS = 6, I8_BLOCK = 96 };   // I8_BLOCK: rows that a thread takes at a time
+enum { I8_WIDTH = 16, I8_ROWS = 6, I8_BLOCK = 256 };   // I8_BLOCK: rows that a thread takes at a time
 
 // Groups of four k in a panel.
 static size_t ternary_groups(size_t K) {
@@ -842,21 +917,32 @@ typedef struct {
   size_t N;
 } I8Result;
 
-// Row m, columns n0 .. n0+cols-1 from raw sums.
-static inline void i8_store(const I8Result *r, const int32_t *RESTRICT sum, int32_t excess, size_t m, size_t n0, size_t cols) {
-  float *RESTRICT o = r->out + m * r->N + n0;
+// Row m, columns n0 .. n0+cols-1 from raw sums. Inlined, so that a constant `cols` unrolls it.
+static inline __attribute__((always_inline)) void i8_store(const I8Result *r, const int32_t *RESTRICT sum, int32_t excess, size_t m,
+                                                           size_t n0, const size_t cols) {
+  float *RESTRICT o = r->out + m * r->N + n0, s = r->s[m];
   const float *RESTRICT gamma = r->gamma + n0;
-  float s = r->s[m];
-  for (size_t n = 0; n < cols; n++) o[n] = (float)(sum[n] - excess) * (s * gamma[n]);
-  if (r->bias) {
-    for (size_t n = 0; n < cols; n++) o[n] += r->bias[n0 + n];
-  }
   if (r->residual) {
     const float *RESTRICT x = r->residual + m * r->N + n0;
-    for (size_t n = 0; n < cols; n++) o[n] += x[n];
+    for (size_t n = 0; n < cols; n++) o[n] = (float)(sum[n] - excess) * (s * gamma[n]) + (r->bias ? r->bias[n0 + n] : 0.0f) + x[n];
+  } else if (r->bias) {
+    for (size_t n = 0; n < cols; n++) o[n] = (float)(sum[n] - excess) * (s * gamma[n]) + r->bias[n0 + n];
+  } else {
+    for (size_t n = 0; n < cols; n++) o[n] = (float)(sum[n] - excess) * (s * gamma[n]);
   }
   if (r->exact) {
     for (size_t n = 0; n < cols; n++) r->exact[m * r->N + n0 + n] = sum[n] - excess;
+  }
+}
+
+// `rows` rows of `width` sums each.
+static inline __attribute__((always_inline)) void i8_store_rows(const I8Result *r, const int32_t *sums, const int32_t *excess, size_t m0,
+                                                                size_t rows, size_t n0, const size_t width) {
+  size_t cols = r->N - n0;
+  if (cols >= width) {
+    for (size_t t = 0; t < rows; t++) i8_store(r, sums + t * width, excess[t], m0 + t, n0, width);
+  } else {
+    for (size_t t = 0; t < rows; t++) i8_store(r, sums + t * width, excess[t], m0 + t, n0, cols);
   }
 }
 
@@ -871,15 +957,13 @@ static void i8_block(const I8Result *r, const int8_t *q, const uint8_t *panels, 
     for (; amx_ready() && i + 32 <= rows; i += 32) {
       for (size_t j = 0; j + 2 <= width; j += 2) {
         int32_t sums[32 * 32] __attribute__((aligned(64)));
-        size_t n0 = (p + j) * I8_WIDTH, cols = r->N - n0 < 32 ? r->N - n0 : 32;
         tile_i8_amx(sums, q + (m0 + i) * K, w + j * stride, K);
-        for (size_t t = 0; t < 32; t++) i8_store(r, sums + t * 32, excess[i + t], m0 + i + t, n0, cols);
+        i8_store_rows(r, sums, excess + i, m0 + i, 32, (p + j) * I8_WIDTH, 32);
       }
       for (size_t t = 0; t < 32 && width % 2; t++) {   // an odd last panel
         int32_t sums[I8_WIDTH];
-        size_t n0 = (p + width - 1) * I8_WIDTH, cols = r->N - n0 < I8_WIDTH ? r->N - n0 : I8_WIDTH;
         tile_i8(sums, q + (m0 + i + t) * K, w + (width - 1) * stride, K, 1, 1);
-        i8_store(r, sums, excess[i + t], m0 + i + t, n0, cols);
+        i8_store_rows(r, sums, excess + i + t, m0 + i + t, 1, (p + width - 1) * I8_WIDTH, I8_WIDTH);
       }
     }
 #endif
@@ -887,7 +971,7 @@ static void i8_block(const I8Result *r, const int8_t *q, const uint8_t *panels, 
     int32_t sums[I8_ROWS * 4 * I8_WIDTH];
     for (; width == 4 && i + I8_ROWS <= rows; i += I8_ROWS) {
       tile_i8(sums, q + (m0 + i) * K, w, K, I8_ROWS, 4);
-      for (size_t t = 0; t < I8_ROWS; t++) i8_store(r, sums + t * 4 * I8_WIDTH, excess[i + t], m0 + i + t, n0, cols);
+      i8_store_rows(r, sums, excess + i, m0 + i, I8_ROWS, p * I8_WIDTH, 4 * I8_WIDTH);
     }
     for (; i < rows; i++) {
       if (width == 4) tile_i8(sums, q + (m0 + i) * K, w, K, 1, 4);

@@ -137,7 +137,9 @@ size_t dev_memory_free(void) {
 }
 
 void dev_zero(void *dst, size_t bytes) {
-  memset(dst, 0, bytes);
+  enum { PIECE = 1 << 20 };
+#pragma omp parallel for schedule(static) if (bytes > PIECE)
+  for (size_t at = 0; at < bytes; at += PIECE) memset((char *)dst + at, 0, bytes - at < PIECE ? bytes - at : PIECE);
 }
 
 void dev_copy(void *dst, const void *src, size_t bytes) {
@@ -215,13 +217,17 @@ void dev_peaks(Peaks *p) {
   dev_free(x);
 }
 
+int ops_row_block(void) {
+  return 1024;
+}
+
 // The largest of: packed operands of a product; two rows for each thread; one partial sum for each chunk of rows; a number for each
 // row and thread; unpacked weights.
 size_t ops_scratch_bytes(size_t max_rows, size_t max_n, size_t max_k) {
   size_t width = max_n > max_k ? max_n : max_k;
   size_t rows = (size_t)thread_count() * 2 * width * sizeof(float);
   size_t chunks = (max_rows / ROWS_PER_CHUNK + 1) * width * sizeof(float);
-  size_t most = gemm_scratch_bytes();
+  size_t most = gemm_scratch_bytes(max_rows, max_n, max_k);
   size_t numbers = (size_t)thread_count() * max_rows * sizeof(float);
   if (rows > most) most = rows;
   if (numbers > most) most = numbers;
@@ -239,6 +245,11 @@ static float *scratch_floats(size_t n) {
   if (n * sizeof(float) > scratch_.bytes)
     die(EXIT_FAILED, "bug: an op needs %zu bytes of scratch, %zu reserved", n * sizeof(float), scratch_.bytes);
   return (float *)scratch_.data;
+}
+
+// Scratch for one product with these sizes, in any order.
+static float *gemm_scratch(size_t x, size_t y, size_t z) {
+  return scratch_floats(gemm_scratch_bytes(x, y, z) / sizeof(float));
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -620,7 +631,7 @@ void bitlinear_forward(floatX *out, const QAct *x, const BitWeight *w, const flo
   g.C = out;
   g.precision = w->precision;
   if (w->lambda == 1.0f) {                        // float activations, ternary weights: the scale comes last
-    gemm(&g, scratch_floats(gemm_scratch_bytes() / sizeof(float)));
+    gemm(&g, gemm_scratch(g.M, g.N, g.K));
 #pragma omp parallel for schedule(static)
     for (size_t r = 0; r < (size_t)R; r++) {
       for (size_t n = 0; n < N; n++)
@@ -629,7 +640,7 @@ void bitlinear_forward(floatX *out, const QAct *x, const BitWeight *w, const flo
   } else {
     g.bias = w->bias;
     g.residual = residual;
-    gemm(&g, scratch_floats(gemm_scratch_bytes() / sizeof(float)));
+    gemm(&g, gemm_scratch(g.M, g.N, g.K));
   }
 }
 
@@ -644,7 +655,7 @@ multiplied into dy while dy is packed; the other operand stays a matrix of small
 */
 void bitlinear_backward(floatX *dx, float *dw, float *dbias, const floatX *dout, const QAct *x, const BitWeight *w, int R) {
   size_t N = (size_t)w->N, K = (size_t)w->K;
-  float *scratch = scratch_floats(gemm_scratch_bytes() / sizeof(float));
+  float *scratch = gemm_scratch((size_t)R, N, K);
   int ternary = w->lambda == 1.0f;
   Product g = {0};
   g.M = (size_t)R, g.N = K, g.K = N;                    // dx = dy w_eff
@@ -693,10 +704,64 @@ void rope_apply(floatX *qkv, const int *pos, const float *cossin, int R, int NH,
 // ---------------------------------------------------------------------------------------------------------
 // Attention.
 
+/*
+    s_j = q.k_j / sqrt(HS),   p = softmax(s),   out = sum_j p_j v_j        (j runs over the keys that this query sees)
+
+Queries and keys meet in blocks of KEYS x QUERIES, and nothing of size T x T is stored. A block is a product of small matrices that
+lies with one column for each query,
+
+    S' [keys, queries] = K Q'            P' = exp(S' - ...)            out' [HS, queries] += V' P'
+
+so that all that softmax does to a query runs down a column, and a vector holds many queries. Keys are counted from the first token of the
+query's document, in training and against a cache alike, and both go through attend_columns: the bits of a query depend on its
+own document up to itself, not on what is computed beside it.
+*/
 enum {
-  KEYS = KV_BLOCK,   // keys that are scored before the running softmax is corrected
-  QUERIES = 16       // queries that meet a block of keys together
+  KEYS = KV_BLOCK,           // keys that are scored before the running softmax is corrected
+  QUERIES = 32,              // queries that meet a block of keys together
+  KEY_ROOM = KEYS + MR_MAX,  // rows that whole tiles of a block of keys may fill,
+  HEAD_ROOM = HEAD_MAX + MR_MAX   // and of a head
 };
+
+// A head of HS numbers in the panels of kernel k. Columns: HS rounded up to whole panels.
+typedef struct {
+  const Kernel *k;
+  int precision;
+  size_t HS, columns;
+} HeadForm;
+
+static HeadForm head_form(int HS, int precision) {
+  HeadForm f = {fastest_kernel(precision), precision, (size_t)HS, 0};
+  f.columns = padded_to((size_t)HS, f.k->nr);
+  return f;
+}
+
+// A block of keys as left operand, K [KEYS,HS] or K' [HS,KEYS]: bytes.
+static size_t block_bytes(const HeadForm *f, int transposed) {
+  return transposed ? left_bytes(f->k, f->HS, KEYS) : left_bytes(f->k, KEYS, f->HS);
+}
+
+// n rows of HS numbers from x, rows `from` apart, to y, rows `to` apart.
+static void copy_rows(float *y, size_t to, const float *x, size_t from, size_t n, size_t HS) {
+  for (size_t i = 0; i < n; i++) memcpy(y + i * to, x + i * from, HS * sizeof(float));
+}
+
+// packed (=) n rows of HS numbers, `stride` apart, block by block. Rows beyond n of the last block are zeros.
+static void pack_blocks(const HeadForm *f, char *packed, const float *x, size_t stride, size_t n, int transposed) {
+  float rest[KEYS * HEAD_MAX];
+  for (size_t j = 0; j < n; j += KEYS, packed += block_bytes(f, transposed)) {
+    const float *rows = x + j * stride;
+    size_t apart = stride;
+    if (n - j < KEYS) {
+      memset(rest, 0, KEYS * f->HS * sizeof(float));
+      copy_rows(rest, f->HS, rows, stride, n - j, f->HS);
+      rows = rest;
+      apart = f->HS;
+    }
+    if (transposed) pack_left(f->k, packed, rows, 1, apart, f->HS, KEYS, f->precision);
+    else pack_left(f->k, packed, rows, apart, 1, KEYS, f->HS, f->precision);
+  }
+}
 
 static float dot_product(const float *RESTRICT a, const float *RESTRICT b, int n) {
   float sum = 0;
@@ -705,42 +770,79 @@ static float dot_product(const float *RESTRICT a, const float *RESTRICT b, int n
   return sum;
 }
 
-// The keys of a block that are scored where n are seen: a little more, so that whole vectors are.
-static size_t whole_vectors(int n) {
-  return ((size_t)n + 15) / 16 * 16;
-}
+/*
+Queries meet n keys of a block: p [n][QUERIES] holds the products k_j.q_i and becomes exp(k_j.q_i / sqrt(HS) - top_i), 0 where j >= seen[i].
 
-// out (=) [HS][KEYS]: n <= KEYS rows of HS numbers, `stride` apart, transposed; the missing ones are zeros.
-static void transpose_block(float *RESTRICT out, const float *x, size_t stride, int n, int HS) {
-  if (n < KEYS) memset(out, 0, (size_t)HS * KEYS * sizeof(float));
+Softmax needs the largest score to stay in range, which is only known at the end, so the sums so far carry the largest score seen so
+far (top) and are scaled down whenever a block raises it ("online softmax"). sum [QUERIES] and o [HS][QUERIES] are such sums. A query
+starts with top = -infinity. Keys that it does not see change no bit.
+*/
+static void softmax_columns(float *RESTRICT p, float *RESTRICT top, float *RESTRICT sum, float *RESTRICT o, const int *RESTRICT seen,
+                            int n, int columns, int HS) {
+  float scale = 1.0f / sqrtf((float)HS), high[QUERIES], shrink[QUERIES], total[QUERIES] = {0};
+  int all = 1;
+  for (int i = 0; i < columns; i++) {
+    high[i] = top[i];
+    all &= seen[i] >= n;
+  }
   for (int j = 0; j < n; j++) {
-    for (int i = 0; i < HS; i++) out[i * KEYS + j] = x[(size_t)j * stride + (size_t)i];
+    float *RESTRICT pj = p + j * QUERIES;
+    for (int i = 0; i < columns; i++) {
+      float s = pj[i] * scale;
+      pj[i] = s = all || j < seen[i] ? s : -INFINITY;
+      high[i] = s > high[i] ? s : high[i];
+    }
+  }
+  for (int i = 0; i < columns; i++) shrink[i] = top[i] == -INFINITY ? 0.0f : exp_fast(top[i] - high[i]);
+  for (int j = 0; j < n; j++) {
+    float *RESTRICT pj = p + j * QUERIES;
+    for (int i = 0; i < columns; i++) pj[i] = exp_fast(pj[i] - high[i]);
+    for (int i = 0; i < columns && !all; i++) pj[i] = j < seen[i] ? pj[i] : 0.0f;
+    for (int i = 0; i < columns; i++) total[i] += pj[i];
+  }
+  for (int i = 0; i < columns; i++) {
+    top[i] = high[i];
+    sum[i] = sum[i] * shrink[i] + total[i];
+  }
+  for (int k = 0; k < HS; k++) {
+    for (int i = 0; i < columns; i++) o[k * QUERIES + i] *= shrink[i];
   }
 }
 
 /*
-One query meets one block of keys: p [KEYS] holds the products q.k_j and becomes exp(q.k_j / sqrt(HS) - top); the first n keys count.
-
-Softmax needs the largest score to stay in range, which is only known at the end, so the sums so far carry the largest score seen so
-far (top) and are scaled down whenever a block raises it ("online softmax"): nothing of size T x T is stored. sum and out [HS] are such
-sums. The first block of a query starts with top = -infinity.
+m <= QUERIES queries of one head: rows of out (=), `out_stride` apart, and log_sum (=) [m], the log of each softmax's denominator. q: rows
+`stride` apart; query i sees the first seen[i] keys, at least one; keys, values: packed blocks, the values transposed.
 */
-static __attribute__((noinline)) void softmax_block(float *RESTRICT p, float *top, float *sum, float *RESTRICT out, int n, int HS) {
-  float scale = 1.0f / sqrtf((float)HS), high = *top, total = 0;
-  for (int j = n; j < KEYS; j++) p[j] = -INFINITY;
-#pragma omp simd reduction(max : high)
-  for (int j = 0; j < KEYS; j++) {
-    p[j] *= scale;
-    high = p[j] > high ? p[j] : high;
+static void attend_columns(const HeadForm *f, float *out, size_t out_stride, float *log_sum, const float *q, size_t stride,
+                           const int *seen, size_t m, const char *keys, const char *values) {
+  char q_right[QUERIES * HEAD_MAX * sizeof(float)] ALIGNED, p_right[QUERIES * KEYS * sizeof(float)] ALIGNED;
+  float p[KEY_ROOM * QUERIES] ALIGNED, o[HEAD_ROOM * QUERIES] ALIGNED, top[QUERIES], sum[QUERIES];
+  size_t columns = padded_to(m, f->k->nr), HS = f->HS;
+  int most = 0, left[QUERIES];
+  for (size_t i = 0; i < columns; i++) {
+    top[i] = -INFINITY;
+    sum[i] = 0;
+    if (i < m && seen[i] > most) most = seen[i];
   }
-  float shrink = *top == -INFINITY ? 0.0f : exp_fast(*top - high);
-  for (int j = 0; j < KEYS; j++) p[j] = exp_fast(p[j] - high);
-  for (int j = n; j < KEYS; j++) p[j] = 0;
-#pragma omp simd reduction(+ : total)
-  for (int j = 0; j < KEYS; j++) total += p[j];
-  *top = high;
-  *sum = *sum * shrink + total;
-  for (int i = 0; i < HS; i++) out[i] *= shrink;
+  memset(o, 0, padded_to(HS, f->k->mr) * QUERIES * sizeof(float));
+  pack_right(f->k, q_right, q, 1, stride, HS, m, f->precision);
+  for (int j0 = 0; j0 < most; j0 += KEYS) {
+    int n = most - j0 < KEYS ? most - j0 : KEYS;
+    size_t block = (size_t)(j0 / KEYS);
+    for (size_t i = 0; i < columns; i++) left[i] = i < m ? seen[i] - j0 : n;
+    block_product(f->k, p, QUERIES, 0, keys + block * block_bytes(f, 0), q_right, (size_t)n, m, HS, HS);
+    softmax_columns(p, top, sum, o, left, n, (int)columns, (int)HS);
+    pack_right(f->k, p_right, p, QUERIES, 1, (size_t)n, m, f->precision);
+    block_product(f->k, o, QUERIES, 1, values + block * block_bytes(f, 1), p_right, HS, m, (size_t)n, KEYS);
+  }
+  for (size_t i = 0; i < m; i++) {
+    log_sum[i] = top[i] + logf(sum[i]);
+    sum[i] = 1.0f / sum[i];
+  }
+  for (size_t k = 0; k < HS; k++) {
+    for (size_t i = 0; i < columns; i++) o[k * QUERIES + i] *= sum[i];
+  }
+  transpose(out, out_stride, o, QUERIES, m, HS);
 }
 
 // The end of the row's document: the first position after t that starts another one, or T.
@@ -750,57 +852,48 @@ static int document_end(const int *start, int t, int T) {
   return t;
 }
 
-/*
-One head of one row of the batch: out (=) sum_j p_j v_j with p = softmax_j(q.k_j / sqrt(HS)), document by document. The keys come in
-blocks that are counted from the document's first token; each is transposed once, so that a product with it runs along its keys, and is
-met by all queries of the document that may see it. The bits of a query's result depend only on its own document up to itself, and
-cached decoding below takes the same steps.
-*/
-static void attend_head(floatX *out, float *lse, const floatX *q, const floatX *k, const floatX *v, const int *start, float *sums,
-                        int T, int NH, int QKV, int HS) {
-  float kt[KEYS * HEAD_MAX], p[QUERIES * KEYS];
-  size_t width = (size_t)NH * HS;
-  for (int t = 0; t < T; t++) {
-    memset(out + (size_t)t * width, 0, (size_t)HS * sizeof(float));
-    lse[(size_t)t * NH] = -INFINITY;   // holds the running top until the end
-    sums[t] = 0;
-  }
-  for (int first = 0; first < T;) {
-    int end = document_end(start, first, T);
-    for (int j0 = first; j0 < end; j0 += KEYS) {
-      int n = end - j0 < KEYS ? end - j0 : KEYS;
-      transpose_block(kt, k + (size_t)j0 * QKV, (size_t)QKV, n, HS);
-      for (int t0 = j0; t0 < end; t0 += QUERIES) {
-        int m = end - t0 < QUERIES ? end - t0 : QUERIES, seen = t0 + m - j0 < n ? t0 + m - j0 : n;   // keys that the last query sees
-        small_product(p, KEYS, 0, q + (size_t)t0 * QKV, (size_t)QKV, 1, kt, KEYS, (size_t)m, whole_vectors(seen), (size_t)HS);
-        for (int i = 0; i < m; i++) {
-          int t = t0 + i;
-          softmax_block(p + i * KEYS, &lse[(size_t)t * NH], &sums[t], out + (size_t)t * width, t - j0 + 1 < KEYS ? t - j0 + 1 : KEYS,
-                        HS);
-        }
-        small_product(out + (size_t)t0 * width, width, 1, p, KEYS, 1, v + (size_t)j0 * QKV, (size_t)QKV, (size_t)m, (size_t)HS,
-                      (size_t)seen);
-      }
-    }
-    first = end;
-  }
-  for (int t = 0; t < T; t++) {
-    for (int i = 0; i < HS; i++) out[(size_t)t * width + (size_t)i] *= 1.0f / sums[t];
-    lse[(size_t)t * NH] += logf(sums[t]);
-  }
+// Bytes of each thread's room for T positions: keys and values packed, the keys once more, and the gradients of both.
+static size_t attention_room(size_t T, size_t HS) {
+  size_t most = 3 * (padded_to(T, KEYS) / KEYS) * KEY_ROOM + 2 * (padded_to(T, KEYS) + KEY_ROOM);
+  return padded_to(most * (padded_to(HS, 32) + MR_MAX) * sizeof(float), 64);
 }
 
-void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *start, int B, int T, int NH, int NKV, int HS) {
-  int QKV = (NH + 2 * NKV) * HS;
-  float *sums = scratch_floats((size_t)thread_count() * T);
-#pragma omp parallel for collapse(2) schedule(static)
-  for (int b = 0; b < B; b++) {
-    for (int h = 0; h < NH; h++) {
-      size_t row = (size_t)b * T;
-      const float *x = qkv + row * QKV, *k = x + (size_t)(NH + h / (NH / NKV)) * HS;   // NH/NKV query heads share one key/value head
-      attend_head(out + (row * NH + h) * HS, lse + row * NH + h, x + (size_t)h * HS, k, k + (size_t)NKV * HS, start + row,
-                  sums + (size_t)thread_index() * T, T, NH, QKV, HS);
+size_t attention_scratch_bytes(int T, int HS) {
+  return (size_t)thread_count() * attention_room((size_t)T, (size_t)HS);
+}
+
+void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *start, int B, int T, int NH, int NKV, int HS, int precision) {
+  HeadForm f = head_form(HS, precision);
+  size_t QKV = (size_t)(NH + 2 * NKV) * HS, width = (size_t)NH * HS, room = attention_room((size_t)T, (size_t)HS);
+  char *scratch = (char *)scratch_floats(attention_scratch_bytes(T, HS) / sizeof(float));
+#pragma omp parallel
+  {
+    char *keys = scratch + (size_t)thread_index() * room, *values = keys + padded_to((size_t)T, KEYS) / KEYS * block_bytes(&f, 0);
+    float log_sum[QUERIES];
+    int seen[QUERIES];
+    kernel_begin(f.k);
+#pragma omp for collapse(2) schedule(static)
+    for (int b = 0; b < B; b++) {
+      for (int kvh = 0; kvh < NKV; kvh++) {
+        const float *x = qkv + (size_t)b * T * QKV, *k = x + (size_t)(NH + kvh) * HS, *v = k + (size_t)NKV * HS;
+        for (int first = 0, end; first < T; first = end) {
+          end = document_end(start + (size_t)b * T, first, T);
+          pack_blocks(&f, keys, k + (size_t)first * QKV, QKV, (size_t)(end - first), 0);
+          pack_blocks(&f, values, v + (size_t)first * QKV, QKV, (size_t)(end - first), 1);
+          for (int h = kvh * (NH / NKV); h < (kvh + 1) * (NH / NKV); h++) {   // NH/NKV query heads share one key/value head
+            for (int t0 = first; t0 < end; t0 += QUERIES) {
+              int m = end - t0 < QUERIES ? end - t0 : QUERIES;
+              size_t row = (size_t)b * T + t0;
+              for (int i = 0; i < m; i++) seen[i] = t0 + i - first + 1;
+              attend_columns(&f, out + row * width + (size_t)h * HS, width, log_sum, qkv + row * QKV + (size_t)h * HS, QKV, seen,
+                             (size_t)m, keys, values);
+              for (int i = 0; i < m; i++) lse[(row + (size_t)i) * NH + h] = log_sum[i];
+            }
+          }
+        }
+      }
     }
+    kernel_end(f.k);
   }
 }
 
@@ -813,127 +906,153 @@ s_j = scale q.k_j,   p_j = exp(s_j - lse),   o = sum_j p_j v_j             (j ru
   dq   += scale ds_j k_j
   dk_j += scale ds_j q
 The probabilities are recomputed from lse, so the forward stores one number per query and head instead of a row of T. All five are
-small products between a block of queries and a block of keys. Each key/value head, with all the query heads that share it, is one
-task: nobody else writes its dk and dv.
-
-One query head against the keys from j0 on, n of them, of a document that ends at `end`; kt, vt: these keys and values transposed.
+products of a block of keys with a block of queries, and lie as in the forward pass: S' = K Q', dP' = V dO', dV += P' dO, dK += dS' Q,
+dQ' += K' dS'.
 */
-static void attend_backward_block(float *dq, float *dk, float *dv, const float *dout, const float *out, const float *lse,
-                                  const float *q, const float *k, const float *kt, const float *vt, int j0, int n, int end, int NH,
-                                  int QKV, int HS) {
-  float p[QUERIES * KEYS], ds[QUERIES * KEYS], scale = 1.0f / sqrtf((float)HS);
-  size_t width = (size_t)NH * HS, stride = (size_t)QKV;
-  for (int t0 = j0; t0 < end; t0 += QUERIES) {
-    int m = end - t0 < QUERIES ? end - t0 : QUERIES, seen = t0 + m - j0 < n ? t0 + m - j0 : n;
-    int scored = (int)whole_vectors(seen);
-    const float *qt = q + (size_t)t0 * stride, *dot = dout + (size_t)t0 * width;
-    small_product(p, KEYS, 0, qt, stride, 1, kt, KEYS, (size_t)m, (size_t)scored, (size_t)HS);
-    small_product(ds, KEYS, 0, dot, width, 1, vt, KEYS, (size_t)m, (size_t)scored, (size_t)HS);   // dp
-    for (int i = 0; i < m; i++) {
-      size_t t = (size_t)(t0 + i);
-      float *RESTRICT pi = p + i * KEYS, *RESTRICT dsi = ds + i * KEYS, log_sum = lse[t * NH];
-      float D = dot_product(dout + t * width, out + t * width, HS);
-      int sees = (int)t - j0 + 1 < KEYS ? (int)t - j0 + 1 : KEYS;
-      for (int j = 0; j < scored; j++) pi[j] = exp_fast(pi[j] * scale - log_sum);
-      for (int j = sees; j < scored; j++) pi[j] = 0;
-      for (int j = 0; j < scored; j++) dsi[j] = pi[j] * (dsi[j] - D) * scale;
+typedef struct {
+  const char *keys, *values, *keys_transposed;   // of one document, packed
+  float *dk, *dv;                                // [positions + KEY_ROOM][columns] (+=)
+} DocumentRoom;
+
+// m queries of one head, the first of which stands at position t0 of its document, against all keys that they see. dq (=), q, dout, out, lse: rows
+// the given strides apart.
+static void attend_columns_backward(const HeadForm *f, float *dq, const DocumentRoom *d, const float *dout, const float *out, size_t width,
+                                    const float *q, size_t stride, const float *lse, size_t lse_stride, size_t t0, size_t m) {
+  typedef char Right[QUERIES * HEAD_MAX * sizeof(float)];
+  Right q_deep ALIGNED, do_deep ALIGNED, q_wide ALIGNED, do_wide ALIGNED;   // Q' and dO' [HS,m], Q and dO [m,HS], as right operands
+  char block_left[KEY_ROOM * QUERIES * sizeof(float)] ALIGNED, block_right[QUERIES * KEYS * sizeof(float)] ALIGNED;
+  float p[KEY_ROOM * QUERIES] ALIGNED, ds[KEY_ROOM * QUERIES] ALIGNED, dq_columns[HEAD_ROOM * QUERIES] ALIGNED;
+  float log_sum[QUERIES] = {0}, D[QUERIES] = {0}, scale = 1.0f / sqrtf((float)f->HS);
+  size_t columns = padded_to(m, f->k->nr), HS = f->HS;
+  memset(dq_columns, 0, padded_to(HS, f->k->mr) * QUERIES * sizeof(float));
+  for (size_t i = 0; i < m; i++) {
+    D[i] = dot_product(dout + i * width, out + i * width, (int)HS);
+    log_sum[i] = lse[i * lse_stride];
+  }
+  pack_right(f->k, q_deep, q, 1, stride, HS, m, f->precision);
+  pack_right(f->k, do_deep, dout, 1, width, HS, m, f->precision);
+  pack_right(f->k, q_wide, q, stride, 1, m, HS, f->precision);
+  pack_right(f->k, do_wide, dout, width, 1, m, HS, f->precision);
+  for (size_t j0 = 0; j0 < t0 + m; j0 += KEYS) {
+    size_t block = j0 / KEYS, n = t0 + m - j0 < KEYS ? t0 + m - j0 : KEYS;
+    block_product(f->k, p, QUERIES, 0, d->keys + block * block_bytes(f, 0), q_deep, n, m, HS, HS);
+    block_product(f->k, ds, QUERIES, 0, d->values + block * block_bytes(f, 0), do_deep, n, m, HS, HS);   // dP'
+    for (size_t j = 0; j < n; j++) {
+      float *RESTRICT pj = p + j * QUERIES, *RESTRICT dsj = ds + j * QUERIES;
+      for (size_t i = 0; i < columns; i++) pj[i] = exp_fast(pj[i] * scale - log_sum[i]);
+      for (size_t i = 0; t0 + i < j0 + j; i++) pj[i] = 0;   // queries that stand before this key
+      for (size_t i = 0; i < columns; i++) dsj[i] = pj[i] * (dsj[i] - D[i]) * scale;
     }
-    size_t M = (size_t)m, S = (size_t)seen, H = (size_t)HS;
-    small_product(dq + (size_t)t0 * stride, stride, 1, ds, KEYS, 1, k + (size_t)j0 * stride, stride, M, H, S);
-    small_product(dv + (size_t)j0 * stride, stride, 1, p, 1, KEYS, dot, width, S, H, M);
-    small_product(dk + (size_t)j0 * stride, stride, 1, ds, 1, KEYS, qt, stride, S, H, M);
+    pack_left(f->k, block_left, p, QUERIES, 1, n, m, f->precision);
+    block_product(f->k, d->dv + j0 * f->columns, f->columns, 1, block_left, do_wide, n, HS, m, m);
+    pack_left(f->k, block_left, ds, QUERIES, 1, n, m, f->precision);
+    block_product(f->k, d->dk + j0 * f->columns, f->columns, 1, block_left, q_wide, n, HS, m, m);
+    pack_right(f->k, block_right, ds, QUERIES, 1, n, m, f->precision);
+    block_product(f->k, dq_columns, QUERIES, 1, d->keys_transposed + block * block_bytes(f, 1), block_right, HS, m, n, KEYS);
+  }
+  transpose(dq, stride, dq_columns, QUERIES, m, HS);
+}
+
+// Each key/value head of a row of the batch, with all the query heads that share it, is one task: nobody else writes its dk and dv.
+void attention_backward(floatX *dqkv, const floatX *dout, const floatX *out, const float *lse, const floatX *qkv, const int *start,
+                        int B, int T, int NH, int NKV, int HS, int precision) {
+  HeadForm f = head_form(HS, precision);
+  size_t QKV = (size_t)(NH + 2 * NKV) * HS, width = (size_t)NH * HS, room = attention_room((size_t)T, (size_t)HS);
+  size_t blocks = padded_to((size_t)T, KEYS) / KEYS, gradient = (blocks * KEYS + KEY_ROOM) * f.columns;
+  char *scratch = (char *)scratch_floats(attention_scratch_bytes(T, HS) / sizeof(float));
+#pragma omp parallel
+  {
+    char *keys = scratch + (size_t)thread_index() * room, *values = keys + blocks * block_bytes(&f, 0);
+    char *transposed = values + blocks * block_bytes(&f, 0);
+    float *dk = (float *)(transposed + blocks * block_bytes(&f, 1)), *dv = dk + gradient;
+    DocumentRoom d = {keys, values, transposed, dk, dv};
+    kernel_begin(f.k);
+#pragma omp for collapse(2) schedule(static)
+    for (int b = 0; b < B; b++) {
+      for (int kvh = 0; kvh < NKV; kvh++) {
+        for (int first = 0, end; first < T; first = end) {
+          end = document_end(start + (size_t)b * T, first, T);
+          size_t n = (size_t)(end - first), row = (size_t)b * T + (size_t)first, k_at = row * QKV + (size_t)(NH + kvh) * HS;
+          size_t v_at = k_at + (size_t)NKV * HS;
+          pack_blocks(&f, keys, qkv + k_at, QKV, n, 0);
+          pack_blocks(&f, values, qkv + v_at, QKV, n, 0);
+          pack_blocks(&f, transposed, qkv + k_at, QKV, n, 1);
+          memset(dk, 0, (n + KEY_ROOM) * f.columns * sizeof(float));
+          memset(dv, 0, (n + KEY_ROOM) * f.columns * sizeof(float));
+          for (int h = kvh * (NH / NKV); h < (kvh + 1) * (NH / NKV); h++) {
+            for (size_t t0 = 0; t0 < n; t0 += QUERIES) {
+              size_t m = n - t0 < QUERIES ? n - t0 : QUERIES, r = row + t0, at = r * width + (size_t)h * HS, q_at = r * QKV + (size_t)h * HS;
+              attend_columns_backward(&f, dqkv + q_at, &d, dout + at, out + at, width, qkv + q_at, QKV, lse + r * NH + h, (size_t)NH, t0, m);
+            }
+          }
+          copy_rows(dqkv + k_at, QKV, dk, f.columns, n, (size_t)HS);
+          copy_rows(dqkv + v_at, QKV, dv, f.columns, n, (size_t)HS);
+        }
+      }
+    }
+    kernel_end(f.k);
   }
 }
 
-void attention_backward(floatX *dqkv, const floatX *dout, const floatX *out, const float *lse, const floatX *qkv, const int *start,
-                        int B, int T, int NH, int NKV, int HS) {
-  int QKV = (NH + 2 * NKV) * HS, group = NH / NKV;
-  memset(dqkv, 0, (size_t)B * T * QKV * sizeof(float));
-#pragma omp parallel for collapse(2) schedule(static)
-  for (int b = 0; b < B; b++) {
-    for (int kvh = 0; kvh < NKV; kvh++) {
-      float kt[KEYS * HEAD_MAX], vt[KEYS * HEAD_MAX];
-      size_t row = (size_t)b * T, k_col = (size_t)(NH + kvh) * HS, v_col = k_col + (size_t)NKV * HS;
-      const float *x = qkv + row * QKV, *k = x + k_col;
-      float *dx = dqkv + row * QKV;
-      for (int first = 0; first < T;) {
-        int end = document_end(start + row, first, T);
-        for (int j0 = first; j0 < end; j0 += KEYS) {
-          int n = end - j0 < KEYS ? end - j0 : KEYS;
-          transpose_block(kt, k + (size_t)j0 * QKV, (size_t)QKV, n, HS);
-          transpose_block(vt, x + v_col + (size_t)j0 * QKV, (size_t)QKV, n, HS);
-          for (int h = kvh * group; h < (kvh + 1) * group; h++) {
-            size_t head = (row * NH + h) * HS;
-            attend_backward_block(dx + (size_t)h * HS, dx + k_col, dx + v_col, dout + head, out + head, lse + row * NH + h,
-                                  x + (size_t)h * HS, k, kt, vt, j0, n, end, NH, QKV, HS);
-          }
-        }
-        first = end;
-      }
-    }
-  }
+// The cache holds keys and values packed, block by block: for each sequence and head one run of blocks.
+size_t kv_cache_bytes(int capacity, int NKV, int HS, int precision) {
+  HeadForm f = head_form(HS, precision);
+  size_t block = block_bytes(&f, 0) > block_bytes(&f, 1) ? block_bytes(&f, 0) : block_bytes(&f, 1);
+  return (size_t)(capacity / KEYS) * (size_t)NKV * block;
 }
 
 /*
-The same softmax against stored keys and values. Keys lie in the cache as the products want them: for each sequence and head, blocks of
-KEYS positions transposed, [capacity/KEYS][HS][KEYS]; values as [capacity][HS].
-
-One head of m <= QUERIES neighbouring positions of one sequence, pos .. pos+m-1; kc, vc: the head's part of the caches.
+Rows of one sequence at neighbouring positions are a run; the query heads that share a key/value head go through its blocks together, a few
+rows at a time. All rows are stored first, so the rows of a prompt can come in one call.
 */
-static void attend_cached(floatX *out, const floatX *q, const floatX *kc, const floatX *vc, int pos, int m, int NH, int QKV, int HS) {
-  float p[QUERIES * KEYS], top[QUERIES], sum[QUERIES];
-  size_t width = (size_t)NH * HS, stride = (size_t)QKV;
-  for (int i = 0; i < m; i++) {
-    memset(out + (size_t)i * width, 0, (size_t)HS * sizeof(float));
-    top[i] = -INFINITY;
-    sum[i] = 0;
-  }
-  for (int j0 = 0; j0 < pos + m; j0 += KEYS) {
-    int i0 = j0 > pos ? j0 - pos : 0,
-        seen = pos + m - j0 < KEYS ? pos + m - j0 : KEYS;   // the first query that sees the block; keys that the last one sees
-    size_t keys = (size_t)(seen + VL - 1) / VL * VL;   // whole vectors; what is beyond n does not count
-    small_product(p, KEYS, 0, q + (size_t)i0 * stride, stride, 1, kc + (size_t)j0 * HS, KEYS, (size_t)(m - i0), keys, (size_t)HS);
-    for (int i = i0; i < m; i++) {
-      int n = pos + i - j0 + 1 < KEYS ? pos + i - j0 + 1 : KEYS;
-      softmax_block(p + (i - i0) * KEYS, &top[i], &sum[i], out + (size_t)i * width, n, HS);
-    }
-    small_product(out + (size_t)i0 * width, width, 1, p, KEYS, 1, vc + (size_t)j0 * HS, (size_t)HS, (size_t)(m - i0), (size_t)HS,
-                  (size_t)seen);
-  }
-  for (int i = 0; i < m; i++) {
-    for (int k = 0; k < HS; k++) out[(size_t)i * width + k] *= 1.0f / sum[i];
-  }
-}
-
-// All rows are stored first, so the rows of a prompt can come in one call.
-void attention_cached(floatX *out, floatX *kcache, floatX *vcache, const floatX *qkv, const int *seq, const int *pos,
-                      int R, int capacity, int NH, int NKV, int HS) {
-  size_t QKV = (size_t)(NH + 2 * NKV) * HS, head = (size_t)capacity * HS;
-#pragma omp parallel for schedule(static)
-  for (int r = 0; r < R; r++) {
-    for (int kvh = 0; kvh < NKV; kvh++) {
-      size_t base = ((size_t)seq[r] * NKV + kvh) * head;
+void attention_cached(floatX *out, void *kcache, void *vcache, const floatX *qkv, const int *seq, const int *pos,
+                      int R, int capacity, int NH, int NKV, int HS, int precision) {
+  HeadForm f = head_form(HS, precision);
+  int group = NH / NKV, *first = (int *)scratch_floats((size_t)R + 1), runs = 0;
+  size_t QKV = (size_t)(NH + 2 * NKV) * HS, head = kv_cache_bytes(capacity, 1, HS, precision);
+#pragma omp parallel for collapse(2) schedule(static) if (R > 1)
+  for (int kvh = 0; kvh < NKV; kvh++) {
+    for (int r = 0; r < R; r++) {
+      size_t base = ((size_t)seq[r] * NKV + kvh) * head, block = (size_t)(pos[r] / KEYS), at = (size_t)(pos[r] % KEYS);
       const float *k = qkv + (size_t)r * QKV + (size_t)(NH + kvh) * HS, *v = k + (size_t)NKV * HS;
-      float *kt = kcache + base + (size_t)(pos[r] / KEYS) * HS * KEYS + pos[r] % KEYS;
-      for (int i = 0; i < HS; i++) kt[(size_t)i * KEYS] = k[i];
-      memcpy(vcache + base + (size_t)pos[r] * HS, v, (size_t)HS * sizeof(float));
+      char *keys = (char *)kcache + base + block * block_bytes(&f, 0), *values = (char *)vcache + base + block * block_bytes(&f, 1);
+      for (size_t i = 0; i < (size_t)HS; i++) {
+        left_put(f.k, keys, (size_t)HS, at, i, k[i], precision);
+        left_put(f.k, values, KEYS, i, at, v[i], precision);
+      }
     }
   }
-  // Runs of neighbouring positions, at most QUERIES long: first (=) the row where each starts, and R behind the last.
-  int *first = (int *)scratch_floats((size_t)R + 1), runs = 0;
   for (int r = 0; r < R; r++) {
     int goes_on = r > 0 && seq[r] == seq[r - 1] && pos[r] == pos[r - 1] + 1 && r - first[runs - 1] < QUERIES;
     if (!goes_on) first[runs++] = r;
   }
   first[runs] = R;
-#pragma omp parallel for collapse(2) schedule(static)
-  for (int run = 0; run < runs; run++) {
-    for (int h = 0; h < NH; h++) {
-      int r = first[run];
-      size_t base = ((size_t)seq[r] * NKV + h / (NH / NKV)) * head;
-      attend_cached(out + ((size_t)r * NH + h) * HS, qkv + (size_t)r * QKV + (size_t)h * HS, kcache + base, vcache + base, pos[r],
-                    first[run + 1] - r, NH, (int)QKV, HS);
+#pragma omp parallel
+  {
+    float q[QUERIES * HEAD_MAX], rows_out[QUERIES * HEAD_MAX], log_sum[QUERIES];
+    int seen[QUERIES];
+    kernel_begin(f.k);
+#pragma omp for collapse(2) schedule(static)
+    for (int run = 0; run < runs; run++) {
+      for (int kvh = 0; kvh < NKV; kvh++) {
+        int rows = (first[run + 1] - first[run]) * group;   // row e: query head e % group of position e / group
+        size_t base = ((size_t)seq[first[run]] * NKV + kvh) * head;
+        for (int e0 = 0; e0 < rows; e0 += QUERIES) {
+          int m = rows - e0 < QUERIES ? rows - e0 : QUERIES;
+          for (int e = 0; e < m; e++) {
+            int r = first[run] + (e0 + e) / group, h = kvh * group + (e0 + e) % group;
+            memcpy(q + (size_t)e * HS, qkv + (size_t)r * QKV + (size_t)h * HS, (size_t)HS * sizeof(float));
+            seen[e] = pos[r] + 1;
+          }
+          attend_columns(&f, rows_out, (size_t)HS, log_sum, q, (size_t)HS, seen, (size_t)m, (char *)kcache + base, (char *)vcache + base);
+          for (int e = 0; e < m; e++) {
+            int r = first[run] + (e0 + e) / group, h = kvh * group + (e0 + e) % group;
+            memcpy(out + ((size_t)r * NH + h) * HS, rows_out + (size_t)e * HS, (size_t)HS * sizeof(float));
+          }
+        }
+      }
     }
+    kernel_end(f.k);
   }
 }
 
@@ -1027,12 +1146,12 @@ void linear_forward(floatX *out, const floatX *x, const float *w, int R, int N, 
   set_b(&g, w, 0, 1, (size_t)K);
   g.C = out;
   g.precision = precision;
-  gemm(&g, scratch_floats(gemm_scratch_bytes() / sizeof(float)));
+  gemm(&g, gemm_scratch(g.M, g.N, g.K));
 }
 
 // y = x w':  dx = dy w,  dw += dy' x.
 void linear_backward(floatX *dx, float *dw, const floatX *dout, const floatX *x, const float *w, int R, int N, int K, int precision) {
-  float *scratch = scratch_floats(gemm_scratch_bytes() / sizeof(float));
+  float *scratch = gemm_scratch((size_t)R, (size_t)N, (size_t)K);
   Product g = {0};
   g.M = (size_t)R, g.N = (size_t)K, g.K = (size_t)N;
   g.A = dout, g.a_row = (size_t)N, g.a_col = 1;
@@ -1123,7 +1242,7 @@ static Product head_product(floatX *logits, const floatX *x, const Head *h, int 
 void head_forward(floatX *logits, const floatX *x, const Head *h, int R) {
   Product g = head_product(logits, x, h, R);
   if (gemm_is_few(&g)) gemm_few(&g, scratch_floats(gemm_few_scratch_bytes(g.K) / sizeof(float)));
-  else gemm(&g, scratch_floats(gemm_scratch_bytes() / sizeof(float)));
+  else gemm(&g, gemm_scratch(g.M, g.N, g.K));
 }
 
 void head_argmax(int *best, const floatX *x, const Head *h, int R, int V) {

@@ -22,7 +22,7 @@ typedef struct {
   int max_rows;               // rows of one session_rows
   int logit_rows;             // rows whose logits exist at a time
   void *memory;
-  floatX **kcache, **vcache;  // [L] of sequences * cache_rows * NKV*HS numbers
+  void **kcache, **vcache;    // [L] of kv_cache_bytes for each sequence
   LayerActs acts;             // one block's buffers, shared by all
   floatX *x, *y;              // [max_rows,C] the residual stream, block by block; after session_rows y is the classifier's input
   float *rstd;                // [max_rows]
@@ -35,10 +35,10 @@ typedef struct {
 // The caches.
 static void session_cache_layout_(Arena *a, Session *s) {
   const Config *c = &s->m->c;
-  size_t cache = (size_t)s->sequences * (size_t)s->cache_rows * (size_t)(c->kv_heads * c->head_dim) * sizeof(floatX);
+  size_t cache = (size_t)s->sequences * kv_cache_bytes(s->cache_rows, c->kv_heads, c->head_dim, s->m->precision);
   for (int l = 0; l < c->layers; l++) {
-    s->kcache[l] = (floatX *)take_(a, cache);
-    s->vcache[l] = (floatX *)take_(a, cache);
+    s->kcache[l] = take_(a, cache);
+    s->vcache[l] = take_(a, cache);
   }
 }
 
@@ -46,7 +46,7 @@ static void session_cache_layout_(Arena *a, Session *s) {
 static void session_layout_(Arena *a, Session *s, int codes_only) {
   const Config *c = &s->m->c;
   size_t R = (size_t)s->max_rows, row = R * (size_t)c->dim * sizeof(floatX);
-  layer_acts_layout(a, &s->acts, c, R, codes_only);
+  layer_acts_layout(a, &s->acts, c, R, codes_only, NULL);
   s->x = (floatX *)take_(a, row);
   s->y = (floatX *)take_(a, row);
   s->rstd = (float *)take_(a, R * sizeof(float));
@@ -67,8 +67,8 @@ static void session_shape_(Session *s, Model *m, int sequences, int capacity, in
   s->cache_rows = (capacity + KV_BLOCK - 1) / KV_BLOCK * KV_BLOCK;
   s->max_rows = max_rows;
   s->logit_rows = rows < 1 ? 1 : rows < (size_t)max_rows ? (int)rows : max_rows;
-  s->kcache = (floatX **)xcalloc((size_t)m->c.layers, sizeof(floatX *));
-  s->vcache = (floatX **)xcalloc((size_t)m->c.layers, sizeof(floatX *));
+  s->kcache = (void **)xcalloc((size_t)m->c.layers, sizeof(void *));
+  s->vcache = (void **)xcalloc((size_t)m->c.layers, sizeof(void *));
 }
 
 static size_t session_scratch_bytes_(const Session *s) {
@@ -111,7 +111,8 @@ typedef struct {
 } RunMemory;
 
 // What running this Config will take; half_embed, half_head: tables in bf16. Nothing is allocated on the device.
-UNUSED static RunMemory run_memory(const Config *c, int half_embed, int half_head, int sequences, int capacity, int max_rows) {
+UNUSED static RunMemory run_memory(const Config *c, int precision, int half_embed, int half_head, int sequences, int capacity,
+                                   int max_rows) {
   Model m;
   Session s;
   RunMemory out;
@@ -120,6 +121,7 @@ UNUSED static RunMemory run_memory(const Config *c, int half_embed, int half_hea
   memset(&m, 0, sizeof m);
   m.c = *c;
   m.frozen = 1;
+  m.precision = precision;
   build_table_(&m.table, c, 1);
   for (int l = 0; l < c->layers; l++) weights_layout_(&weights, &w, c, 1);
   heads_layout_(&tables, &m, half_embed, half_head);

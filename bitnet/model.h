@@ -205,7 +205,7 @@ typedef struct {
   floatX *mid;         // [R,C]     residual stream between attention and feed-forward
   QAct h3;             // [R,C]     quantised input of gate, up
   float *rstd3;        // [R]
-  floatX *gate_up;     // [R,2F]
+  floatX *gate_up;     // [R,2F], or a row block of it at lambda = 1: computing it again from codes costs less than keeping it
   QAct h4;             // [R,F]     quantised input of down
   float *rstd4;        // [R]
 } LayerActs;
@@ -217,7 +217,12 @@ static void take_qact_(Arena *a, QAct *q, const Config *c, size_t R, size_t K, i
   q->s = (float *)take_(a, R * sizeof(float));
 }
 
-UNUSED static void layer_acts_layout(Arena *a, LayerActs *x, const Config *c, size_t R, int codes_only) {
+static size_t row_block_(size_t R) {
+  return R < (size_t)ops_row_block() ? R : (size_t)ops_row_block();
+}
+
+// before: the block before this one, with which it shares gate_up if codes_only; NULL for the first.
+UNUSED static void layer_acts_layout(Arena *a, LayerActs *x, const Config *c, size_t R, int codes_only, const LayerActs *before) {
   size_t C = (size_t)c->dim, F = (size_t)c->ffn_dim, NH = (size_t)c->heads, QKV = (size_t)config_qkv(c), Q = NH * (size_t)c->head_dim;
   take_qact_(a, &x->h1, c, R, C, codes_only);
   x->rstd1 = (float *)take_(a, R * sizeof(float));
@@ -231,7 +236,9 @@ UNUSED static void layer_acts_layout(Arena *a, LayerActs *x, const Config *c, si
   x->mid = (floatX *)take_(a, R * C * sizeof(floatX));
   take_qact_(a, &x->h3, c, R, C, codes_only);
   x->rstd3 = (float *)take_(a, R * sizeof(float));
-  x->gate_up = (floatX *)take_(a, R * 2 * F * sizeof(floatX));
+  codes_only = codes_only && c->act_bits > 0;
+  if (codes_only && before) x->gate_up = before->gate_up;
+  else x->gate_up = (floatX *)take_(a, (codes_only ? row_block_(R) : R) * 2 * F * sizeof(floatX));
   take_qact_(a, &x->h4, c, R, F, codes_only);
   x->rstd4 = (float *)take_(a, R * sizeof(float));
 }
@@ -267,9 +274,9 @@ typedef struct {
   floatX *final;             // [R,C] input of the classifier
   floatX *dfinal;            // [R,C] its gradient, written by the losses
   floatX *dres;              // [R,C] gradient of the residual stream
-  floatX *dh;                // [R, widest] gradient of a quantised input
+  floatX *dh;                // gradient of a quantised input: [R, max(C,NH*HS)], or a row block of [R,F]
   floatX *datt;              // [R,NH*HS]
-  floatX *dwide;             // [R, max(QKV, 2F)]: dqkv or dgate_up
+  floatX *dwide;             // dqkv [R,QKV], or a row block of dgate_up [R,2F]
   int head_rows;             // rows of logits that exist at a time
   floatX *logits;            // [head_rows, V]
   float *head_lse;           // [head_rows]
@@ -316,22 +323,28 @@ static void heads_layout_(Arena *a, Model *m, int half_embed, int half_head) {
   m->embed.table = take_(a, head_table_bytes(c->vocab, c->dim, half_embed));
 }
 
+static size_t larger_(size_t a, size_t b) {
+  return a > b ? a : b;
+}
+
 // The buffers of training that are not one layer's own.
 static void training_layout_(Arena *a, Model *m, int codes_only) {
   const Config *c = &m->c;
   size_t R = (size_t)m->R, C = (size_t)c->dim, Q = (size_t)c->heads * (size_t)c->head_dim, F = (size_t)c->ffn_dim,
          QKV = (size_t)config_qkv(c);
-  size_t widest = C > Q ? C : Q, wide = QKV > 2 * F ? QKV : 2 * F, row = R * C * sizeof(floatX);
-  if (F > widest) widest = F;
+  size_t block = row_block_(R), row = R * C * sizeof(floatX);
+  size_t narrow = larger_(R * larger_(C, Q), block * F), wide = larger_(R * QKV, block * 2 * F);
   for (int l = 0; l <= c->layers; l++) m->residual[l] = (floatX *)take_(a, row);
-  for (int l = 0; l < (m->recompute ? 1 : c->layers); l++) layer_acts_layout(a, &m->acts[l], c, R, codes_only);
+  for (int l = 0; l < (m->recompute ? 1 : c->layers); l++) {
+    layer_acts_layout(a, &m->acts[l], c, R, codes_only, l > 0 ? &m->acts[l - 1] : NULL);
+  }
   m->rstd_final = (float *)take_(a, R * sizeof(float));
   m->final = (floatX *)take_(a, row);
   m->dfinal = (floatX *)take_(a, row);
   m->dres = (floatX *)take_(a, row);
-  m->dh = (floatX *)take_(a, R * widest * sizeof(floatX));
+  m->dh = (floatX *)take_(a, narrow * sizeof(floatX));
   m->datt = (floatX *)take_(a, R * Q * sizeof(floatX));
-  m->dwide = (floatX *)take_(a, R * wide * sizeof(floatX));
+  m->dwide = (floatX *)take_(a, wide * sizeof(floatX));
   m->logits = (floatX *)take_(a, (size_t)m->head_rows * (size_t)c->vocab * sizeof(floatX));
   m->head_lse = (float *)take_(a, (size_t)m->head_rows * sizeof(float));
   m->losses = (float *)take_(a, R * sizeof(float));
@@ -358,7 +371,9 @@ static size_t scratch_bytes_(const Config *c, size_t R) {
   if (c->vocab > n) n = c->vocab;
   if (c->ffn_dim > k) k = c->ffn_dim;
   if (c->heads * c->head_dim > k) k = c->heads * c->head_dim;
-  return ops_scratch_bytes(R, (size_t)n, (size_t)k);
+  size_t products = ops_scratch_bytes(R, (size_t)n, (size_t)k);
+  size_t attention = attention_scratch_bytes(R < (size_t)c->max_seq ? (int)R : c->max_seq, c->head_dim);
+  return products > attention ? products : attention;
 }
 
 static void reserve_scratch_bytes_(size_t need) {
@@ -595,7 +610,7 @@ typedef struct {
   const int *pos;              // [R]
   int B, T;                    // training: R = B*T
   const int *start;            // [R]
-  floatX *kcache, *vcache;     // decoding (NULL in training): this layer's caches
+  void *kcache, *vcache;       // decoding (NULL in training): this layer's caches
   const int *seq;              // [R]
   int capacity;
 } Context;
@@ -608,6 +623,24 @@ static void maybe_norm_quant_(QAct *out, float *rstd, const floatX *x, const flo
 
 static float *slot_(float *base, size_t offset) {
   return offset == NONE ? NULL : base + offset;
+}
+
+// The rows from r0 on of activations with K values a row.
+static QAct rows_of_(const QAct *q, int r0, int K) {
+  QAct rows = *q;
+  size_t bytes = q->lambda == 1.0f && q->bits > 0 ? 1 : sizeof(floatX);
+  rows.data = (char *)q->data + (size_t)r0 * (size_t)K * bytes;
+  rows.s = q->s + r0;
+  return rows;
+}
+
+// 1 if gate_up holds a row block at a time and is computed again by the backward pass.
+static int gate_up_is_block_(const Model *m) {
+  return m->lambda == 1.0f && m->c.act_bits > 0;
+}
+
+static floatX *gate_up_rows_(const Model *m, const LayerActs *a, int r0) {
+  return a->gate_up + (gate_up_is_block_(m) ? 0 : (size_t)r0 * 2 * (size_t)m->c.ffn_dim);
 }
 
 // One block: out [R,C] from x [R,C]; a keeps what the backward pass needs.
@@ -623,15 +656,20 @@ UNUSED static void layer_forward(const Model *m, int l, LayerActs *a, floatX *ou
   bitlinear_forward(c->qk_norm ? a->qkv_raw : a->qkv, &a->h1, &w->qkv, NULL, R);
   if (c->qk_norm) headnorm_forward(a->qkv, a->rstd_qk, a->qkv_raw, p + s->q_norm, p + s->k_norm, R, NH, NKV, HS, c->norm_eps);
   rope_apply(a->qkv, ctx->pos, m->cossin, R, NH, NKV, HS, 1);
-  if (ctx->kcache) attention_cached(a->att, ctx->kcache, ctx->vcache, a->qkv, ctx->seq, ctx->pos, R, ctx->capacity, NH, NKV, HS);
-  else attention_forward(a->att, a->lse, a->qkv, ctx->start, ctx->B, ctx->T, NH, NKV, HS);
+  if (ctx->kcache) attention_cached(a->att, ctx->kcache, ctx->vcache, a->qkv, ctx->seq, ctx->pos, R, ctx->capacity, NH, NKV, HS, m->precision);
+  else attention_forward(a->att, a->lse, a->qkv, ctx->start, ctx->B, ctx->T, NH, NKV, HS, m->precision);
   maybe_norm_quant_(&a->h2, a->rstd2, a->att, slot_(p, s->sub1), R, NH * HS, c->norm_eps);
   bitlinear_forward(a->mid, &a->h2, &w->o, x, R);
 
-  rmsnorm_quant_forward(&a->h3, a->rstd3, a->mid, p + s->norm2, R, C, c->norm_eps);
-  bitlinear_forward(a->gate_up, &a->h3, &w->gate_up, NULL, R);
-  glu_quant_forward(&a->h4, a->rstd4, a->gate_up, slot_(p, s->sub2), R, F, c->activation, c->norm_eps);
-  bitlinear_forward(out, &a->h4, &w->down, a->mid, R);
+  for (int r0 = 0; r0 < R; r0 += ops_row_block()) {
+    int n = R - r0 < ops_row_block() ? R - r0 : ops_row_block();
+    QAct h3 = rows_of_(&a->h3, r0, C), h4 = rows_of_(&a->h4, r0, F);
+    floatX *gate_up = gate_up_rows_(m, a, r0);
+    rmsnorm_quant_forward(&h3, a->rstd3 + r0, a->mid + (size_t)r0 * C, p + s->norm2, n, C, c->norm_eps);
+    bitlinear_forward(gate_up, &h3, &w->gate_up, NULL, n);
+    glu_quant_forward(&h4, a->rstd4 + r0, gate_up, slot_(p, s->sub2), n, F, c->activation, c->norm_eps);
+    bitlinear_forward(out + (size_t)r0 * C, &h4, &w->down, a->mid + (size_t)r0 * C, n);
+  }
 }
 
 /*
@@ -646,10 +684,16 @@ UNUSED static void layer_backward(Model *m, int l, const LayerActs *a, const flo
   int R = ctx->R, C = c->dim, F = c->ffn_dim, NH = c->heads, NKV = c->kv_heads, HS = c->head_dim;
   floatX *datt = m->datt;
 
-  bitlinear_backward(m->dh, g + s->down, NULL, m->dres, &a->h4, &w->down, R);
-  glu_backward(m->dwide, slot_(g, s->sub2), m->dh, a->gate_up, slot_(p, s->sub2), a->rstd4, R, F, c->activation);
-  bitlinear_backward(m->dh, g + s->gate_up, NULL, m->dwide, &a->h3, &w->gate_up, R);
-  rmsnorm_backward(m->dres, g + s->norm2, m->dh, a->mid, p + s->norm2, a->rstd3, R, C);
+  for (int r0 = 0; r0 < R; r0 += ops_row_block()) {
+    int n = R - r0 < ops_row_block() ? R - r0 : ops_row_block();
+    QAct h3 = rows_of_(&a->h3, r0, C), h4 = rows_of_(&a->h4, r0, F);
+    floatX *gate_up = gate_up_rows_(m, a, r0), *dres = m->dres + (size_t)r0 * C;
+    if (gate_up_is_block_(m)) bitlinear_forward(gate_up, &h3, &w->gate_up, NULL, n);
+    bitlinear_backward(m->dh, g + s->down, NULL, dres, &h4, &w->down, n);
+    glu_backward(m->dwide, slot_(g, s->sub2), m->dh, gate_up, slot_(p, s->sub2), a->rstd4 + r0, n, F, c->activation);
+    bitlinear_backward(m->dh, g + s->gate_up, NULL, m->dwide, &h3, &w->gate_up, n);
+    rmsnorm_backward(dres, g + s->norm2, m->dh, a->mid + (size_t)r0 * C, p + s->norm2, a->rstd3 + r0, n, C);
+  }
 
   if (c->attn_sub_norm) {
     bitlinear_backward(m->dh, g + s->o, slot_(g, s->o_bias), m->dres, &a->h2, &w->o, R);
@@ -658,7 +702,7 @@ UNUSED static void layer_backward(Model *m, int l, const LayerActs *a, const flo
   } else {
     bitlinear_backward(datt, g + s->o, slot_(g, s->o_bias), m->dres, &a->h2, &w->o, R);
   }
-  attention_backward(m->dwide, datt, a->att, a->lse, a->qkv, ctx->start, ctx->B, ctx->T, NH, NKV, HS);
+  attention_backward(m->dwide, datt, a->att, a->lse, a->qkv, ctx->start, ctx->B, ctx->T, NH, NKV, HS, m->precision);
   rope_apply(m->dwide, ctx->pos, m->cossin, R, NH, NKV, HS, -1);
   if (c->qk_norm)
     headnorm_backward(m->dwide, g + s->q_norm, g + s->k_norm, a->qkv_raw, p + s->q_norm, p + s->k_norm, a->rstd_qk, R, NH, NKV, HS);

@@ -108,6 +108,9 @@ typedef struct {
 void dev_peaks(Peaks *p);
 // Scratch of the backend (packed operands, partial sums). Reserve once, before the first step; ops die on a shortage.
 size_t ops_scratch_bytes(size_t max_rows, size_t max_n, size_t max_k);
+size_t attention_scratch_bytes(int T, int HS);
+// Rows that the feed-forward half of a block goes through at a time, so that its wide activations stay in a cache; a constant.
+int ops_row_block(void);
 void ops_set_scratch(void *scratch, size_t bytes);
 
 // ---- embedding --------------------------------------------------------------------------------------------
@@ -180,16 +183,18 @@ void head_argmax(int *best, const floatX *x, const Head *h, int R, int V);
 // sines. direction +1 = forward, -1 = backward (the inverse rotation is the transpose).
 void rope_apply(floatX *qkv, const int *pos, const float *cossin, int R, int NH, int NKV, int HS, int direction);
 // Causal attention inside documents: position t sees start[b,t] .. t. out (=) [B,T,NH*HS]; lse (=) [B,T,NH] is the log of
-// each softmax's denominator, which the backward pass needs.
-void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *start, int B, int T, int NH, int NKV, int HS);
+// each softmax's denominator, which the backward pass needs. precision: what the operands of the products are rounded to.
+void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *start, int B, int T, int NH, int NKV, int HS,
+                       int precision);
 // dqkv (=) [B,T,QKV]
 void attention_backward(floatX *dqkv, const floatX *dout, const floatX *out, const float *lse, const floatX *qkv, const int *start,
-                        int B, int T, int NH, int NKV, int HS);
+                        int B, int T, int NH, int NKV, int HS, int precision);
 // Attention against a cache. Row r belongs to sequence seq[r] at position pos[r]; its k and v are stored first, for all rows,
-// then it sees positions 0 .. pos[r] of its sequence. out (=) [R,NH*HS]. kcache, vcache: sequences * capacity * NKV*HS numbers each,
-// in whatever layout the backend likes, zeroed before the first use; capacity is a multiple of KV_BLOCK.
-void attention_cached(floatX *out, floatX *kcache, floatX *vcache, const floatX *qkv, const int *seq, const int *pos,
-                      int R, int capacity, int NH, int NKV, int HS);
+// then it sees positions 0 .. pos[r] of its sequence. out (=) [R,NH*HS]: the bits of attention_forward. kcache, vcache: kv_cache_bytes
+// for each sequence, in whatever layout the backend likes, zeroed before the first use; capacity is a multiple of KV_BLOCK.
+size_t kv_cache_bytes(int capacity, int NKV, int HS, int precision);
+void attention_cached(floatX *out, void *kcache, void *vcache, const floatX *qkv, const int *seq, const int *pos,
+                      int R, int capacity, int NH, int NKV, int HS, int precision);
 
 // ---- feed-forward -----------------------------------------------------------------------------------------
 

@@ -166,7 +166,7 @@ static const char *const bench_op_names[OP_COUNT] = {"weight_quantize",
                                                      "rope",
                                                      "attention",
                                                      "o",
-                                                     "gate_up",
+                                                     "gate_up x2",
                                                      "glu_quant",
                                                      "down",
                                                      "classifier + loss",
@@ -181,6 +181,29 @@ static const char *const bench_op_names[OP_COUNT] = {"weight_quantize",
                                                      "embedding",
                                                      "norm + adamw"};
 
+// Rows of the feed-forward half of a block at a time.
+static int bench_block_(const Model *m) {
+  return m->R < ops_row_block() ? m->R : ops_row_block();
+}
+
+// How often a step calls an op.
+static double bench_calls_(const Model *m, int op) {
+  double layers = m->c.layers, blocks = layers * m->R / bench_block_(m);
+  switch (op) {
+    case OP_EMBEDDING:
+    case OP_UPDATE: return 1;
+    case OP_HEAD:
+    case OP_HEAD_BACK: return (double)m->R / m->head_rows;
+    case OP_GATE_UP: return 2 * blocks;   // once more in the backward pass
+    case OP_GLU:
+    case OP_DOWN:
+    case OP_GATE_UP_BACK:
+    case OP_GLU_BACK:
+    case OP_DOWN_BACK: return blocks;
+    default: return layers;
+  }
+}
+
 static void bench_op_(Bench *x, int op) {
   Model *m = &x->m;
   const Config *c = &m->c;
@@ -188,7 +211,7 @@ static void bench_op_(Bench *x, int op) {
   LayerWeights *w = &m->weights[0];
   const LayerSlots *s = &m->table.layers[0];
   float *p = m->params, *g = m->grads;
-  int R = m->R, C = c->dim, F = c->ffn_dim, NH = c->heads, NKV = c->kv_heads, HS = c->head_dim, n = m->head_rows;
+  int R = m->R, block = bench_block_(m), C = c->dim, F = c->ffn_dim, NH = c->heads, NKV = c->kv_heads, HS = c->head_dim, n = m->head_rows;
   switch (op) {
     case OP_QUANTIZE:
       weight_quantize(&w->qkv, p + s->qkv, m->lambda);
@@ -206,11 +229,11 @@ static void bench_op_(Bench *x, int op) {
       rope_apply(a->qkv, m->pos, m->cossin, R, NH, NKV, HS, 1);
       rope_apply(m->dwide, m->pos, m->cossin, R, NH, NKV, HS, -1);
       break;
-    case OP_ATTENTION: attention_forward(a->att, a->lse, a->qkv, m->start, m->B, m->T, NH, NKV, HS); break;
+    case OP_ATTENTION: attention_forward(a->att, a->lse, a->qkv, m->start, m->B, m->T, NH, NKV, HS, m->precision); break;
     case OP_O: bitlinear_forward(a->mid, &a->h2, &w->o, m->residual[0], R); break;
-    case OP_GATE_UP: bitlinear_forward(a->gate_up, &a->h3, &w->gate_up, NULL, R); break;
-    case OP_GLU: glu_quant_forward(&a->h4, a->rstd4, a->gate_up, p + s->sub2, R, F, c->activation, c->norm_eps); break;
-    case OP_DOWN: bitlinear_forward(m->residual[1], &a->h4, &w->down, a->mid, R); break;
+    case OP_GATE_UP: bitlinear_forward(a->gate_up, &a->h3, &w->gate_up, NULL, block); break;
+    case OP_GLU: glu_quant_forward(&a->h4, a->rstd4, a->gate_up, p + s->sub2, block, F, c->activation, c->norm_eps); break;
+    case OP_DOWN: bitlinear_forward(m->residual[1], &a->h4, &w->down, a->mid, block); break;
     case OP_HEAD:
       linear_forward(m->logits, m->final, p + m->table.head, n, c->vocab, C, m->precision);
       cross_entropy_forward(m->losses, m->head_lse, m->logits, m->targets, n, c->vocab);
@@ -220,11 +243,11 @@ static void bench_op_(Bench *x, int op) {
       linear_backward(m->dfinal, g + m->table.head, m->logits, m->final, p + m->table.head, n, c->vocab, C, m->precision);
       break;
     case OP_QKV_BACK: bitlinear_backward(m->dh, g + s->qkv, NULL, m->dwide, &a->h1, &w->qkv, R); break;
-    case OP_ATTENTION_BACK: attention_backward(m->dwide, m->datt, a->att, a->lse, a->qkv, m->start, m->B, m->T, NH, NKV, HS); break;
+    case OP_ATTENTION_BACK: attention_backward(m->dwide, m->datt, a->att, a->lse, a->qkv, m->start, m->B, m->T, NH, NKV, HS, m->precision); break;
     case OP_O_BACK: bitlinear_backward(m->dh, g + s->o, NULL, m->dres, &a->h2, &w->o, R); break;
-    case OP_GATE_UP_BACK: bitlinear_backward(m->dh, g + s->gate_up, NULL, m->dwide, &a->h3, &w->gate_up, R); break;
-    case OP_GLU_BACK: glu_backward(m->dwide, g + s->sub2, m->dh, a->gate_up, p + s->sub2, a->rstd4, R, F, c->activation); break;
-    case OP_DOWN_BACK: bitlinear_backward(m->dh, g + s->down, NULL, m->dres, &a->h4, &w->down, R); break;
+    case OP_GATE_UP_BACK: bitlinear_backward(m->dh, g + s->gate_up, NULL, m->dwide, &a->h3, &w->gate_up, block); break;
+    case OP_GLU_BACK: glu_backward(m->dwide, g + s->sub2, m->dh, a->gate_up, p + s->sub2, a->rstd4, block, F, c->activation); break;
+    case OP_DOWN_BACK: bitlinear_backward(m->dh, g + s->down, NULL, m->dres, &a->h4, &w->down, block); break;
     case OP_NORM_BACK:
       rmsnorm_backward(m->dres, g + s->norm1, m->dh, m->residual[0], p + s->norm1, a->rstd1, R, C);
       rmsnorm_backward(m->datt, g + s->sub1, m->dh, a->att, p + s->sub1, a->rstd2, R, NH * HS);
@@ -255,9 +278,7 @@ static void bench_ops_(const char *only) {
     }
     for (int op = 0; op < OP_COUNT; op++) {
       double times[BENCH_RUNS];
-      double each = op == OP_EMBEDDING || op == OP_UPDATE ? 1
-                    : op == OP_HEAD || op == OP_HEAD_BACK ? (double)x.m.R / x.m.head_rows
-                                                          : b->layers;
+      double each = bench_calls_(&x.m, op);
       for (int k = -1; k < BENCH_RUNS; k++) {
         double t0 = time_now();
         bench_op_(&x, op);
@@ -303,21 +324,22 @@ static void bench_products_(const char *only) {
     QAct *in[4] = {&m->acts[0].h1, &m->acts[0].h2, &m->acts[0].h3, &m->acts[0].h4};
     size_t grad[4] = {m->table.layers[0].qkv, m->table.layers[0].o, m->table.layers[0].gate_up, m->table.layers[0].down};
     for (int k = 0; k < 4; k++) {
-      double ops = 2.0 * m->R * w[k]->N * w[k]->K;
+      int rows = k < 2 ? m->R : bench_block_(m);
+      double ops = 2.0 * rows * w[k]->N * w[k]->K;
       for (int run = -1; run < BENCH_RUNS; run++) {
         double t0 = time_now();
-        bitlinear_forward(m->dwide, in[k], w[k], NULL, m->R);
+        bitlinear_forward(m->dwide, in[k], w[k], NULL, rows);
         bench_wait_(m->dwide);
         double t1 = time_now();
-        bitlinear_backward(m->dh, m->grads + grad[k], NULL, m->dwide, in[k], w[k], m->R);
+        bitlinear_backward(m->dh, m->grads + grad[k], NULL, m->dwide, in[k], w[k], rows);
         bench_wait_(m->dh);
         if (run >= 0) {
           times[0][run] = t1 - t0;
           times[1][run] = time_now() - t1;
         }
       }
-      bench_product_row_("bitlinear_forward int8", m->R, w[k]->N, w[k]->K, ops, bench_median_(times[0], BENCH_RUNS), peak.int8);
-      bench_product_row_("bitlinear_backward bf16", m->R, w[k]->N, w[k]->K, 2 * ops, bench_median_(times[1], BENCH_RUNS), peak.bf16);
+      bench_product_row_("bitlinear_forward int8", rows, w[k]->N, w[k]->K, ops, bench_median_(times[0], BENCH_RUNS), peak.int8);
+      bench_product_row_("bitlinear_backward bf16", rows, w[k]->N, w[k]->K, 2 * ops, bench_median_(times[1], BENCH_RUNS), peak.bf16);
     }
     int V = m->c.vocab, C = m->c.dim, n = m->head_rows;
     for (int precision = 0; precision < 2; precision++) {

@@ -93,11 +93,11 @@ static int bi_prompt_(Session *s, int sequence, int n) {
 
 // What every token reads: packed matrices and the screen.
 static size_t bi_bytes_(const Model *m) {
-  return run_memory(&m->c, 1, 1, 1, KV_BLOCK, 1).weights + head_screen_bytes(m->c.vocab, m->c.dim);
+  return run_memory(&m->c, PRECISION_BF16, 1, 1, 1, KV_BLOCK, 1).weights + head_screen_bytes(m->c.vocab, m->c.dim);
 }
 
 static void bi_read_(const Model *m) {
-  dev_read(m->weights_memory, run_memory(&m->c, 1, 1, 1, KV_BLOCK, 1).weights);
+  dev_read(m->weights_memory, run_memory(&m->c, PRECISION_BF16, 1, 1, 1, KV_BLOCK, 1).weights);
   dev_read(m->head.screen, head_screen_bytes(m->c.vocab, m->c.dim));
 }
 
@@ -156,7 +156,7 @@ static void bench_decode_(void) {
   int next[BI_BATCH];
   char shape[64];
   bi_config_(&c);
-  RunMemory need = run_memory(&c, 1, 1, 1, BI_LONG + BI_TOKENS, BI_LONG);
+  RunMemory need = run_memory(&c, PRECISION_BF16, 1, 1, 1, BI_LONG + BI_TOKENS, BI_LONG);
   if (dev_memory_free() != 0 && need.total > dev_memory_free())
     die(EXIT_FAILED, "the model needs %.1f MB, %.1f MB are free", (double)need.total / 1e6, (double)dev_memory_free() / 1e6);
   model_open_frozen(&m, &c, PRECISION_BF16, 1, 1);

@@ -421,7 +421,7 @@ static void test_rope(void) {
 // Attention inside documents, two query heads on each key/value head.
 static double f_attention(void *arg) {
   Op *o = (Op *)arg;
-  attention_forward(o->out, o->aux, o->in[0], o->ints, B_, T_, NH_, NKV_, HS_);
+  attention_forward(o->out, o->aux, o->in[0], o->ints, B_, T_, NH_, NKV_, HS_, PRECISION_FP32);
   return dot(o->out, o->weight, BT_ * ATT_);
 }
 
@@ -436,7 +436,7 @@ static void test_attention(void) {
   o.ints = (int *)memcpy(xmalloc(sizeof start), start, sizeof start);
   double *dqkv = filled(BT_ * QKV_, NAN);
   f_attention(&o);
-  attention_backward(dqkv, o.weight, o.out, o.aux, o.in[0], o.ints, B_, T_, NH_, NKV_, HS_);
+  attention_backward(dqkv, o.weight, o.out, o.aux, o.in[0], o.ints, B_, T_, NH_, NKV_, HS_, PRECISION_FP32);
   check_gradient("dqkv", o.in[0], dqkv, BT_ * QKV_, f_attention, &o, 1e-3, OP_BOUND);
   free(dqkv);
   free_op(&o);
@@ -445,7 +445,7 @@ static void test_attention(void) {
 // One long document: the running softmax over several blocks of keys. A part of the inputs is enough.
 static double f_long_attention(void *arg) {
   Op *o = (Op *)arg;
-  attention_forward(o->out, o->aux, o->in[0], o->ints, 1, o->R, 1, 1, 2);
+  attention_forward(o->out, o->aux, o->in[0], o->ints, 1, o->R, 1, 1, 2, PRECISION_FP32);
   return dot(o->out, o->weight, (size_t)o->R * 2);
 }
 
@@ -461,7 +461,7 @@ static void test_long_attention(void) {
   o.ints = (int *)xcalloc((size_t)o.R, sizeof(int));
   double *dqkv = filled(n, NAN);
   f_long_attention(&o);
-  attention_backward(dqkv, o.weight, o.out, o.aux, o.in[0], o.ints, 1, o.R, 1, 1, 2);
+  attention_backward(dqkv, o.weight, o.out, o.aux, o.in[0], o.ints, 1, o.R, 1, 1, 2, PRECISION_FP32);
   check_gradient("dqkv", o.in[0], dqkv, n, f_long_attention, &o, 1e-3, OP_BOUND);
   free(dqkv);
   free_op(&o);

@@ -512,7 +512,7 @@ static void test_frozen_memory(void) {
     int precision, half;
     const char *dir = frozen_case_(f, &c, &precision, &half);
     reserve_scratch_bytes_((size_t)8 << 20);   // more than these models need: what is counted below is not scratch
-    RunMemory need = run_memory(&c, half, half, 3, 90, 40);
+    RunMemory need = run_memory(&c, precision, half, half, 3, 90, 40);
     CHECK(need.total == need.weights + need.tables + need.cache + need.rest, "form %d: the parts do not add up", f);
     size_t before = test_device_bytes;
     model_load_frozen(&m, dir, precision);

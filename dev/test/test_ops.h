@@ -612,7 +612,7 @@ static void check_gemm_(const int *shape, int form) {
 #ifdef BITNET_BF16
   if (kernels[0] != &kernel_f32) kernels[2] = &kernel_bf16;
 #endif
-  void *scratch = dev_memory_(gemm_scratch_bytes());
+  void *scratch = dev_memory_(gemm_scratch_bytes(M, N, K));
   for (int k = 0; k < 3; k++) {
     char name[160];
     snprintf(name, sizeof name, "[%zu,%zu,%zu] A %d B %d codes %d precision %d scale %d bias %d residual %d accumulate %d kernel %d",
@@ -638,29 +638,54 @@ static void test_gemm_float(void) {
   end_test_();
 }
 
-// Attention's products, in place: values against double, and every element has the bits that it has when it is computed alone.
-static void test_small_product(void) {
-  static const int shapes[][3] = {{1, 1, 1}, {3, 5, 7}, {4, 16, 8}, {5, 33, 64}, {9, 70, 10}, {2, 131, 3}, {6, 64, 33}};   // I, J, P
+/*
+Attention's products: every kernel, either operand lying either way, a left operand that was packed with more columns than are
+used; values against double. Every row and column has the bits that it has alone, and one element put into a packed operand is as
+good as the whole of it.
+*/
+static void test_block_product(void) {
+  static const int shapes[][3] = {{1, 1, 1}, {3, 5, 7}, {64, 32, 48}, {5, 33, 64}, {9, 20, 10}, {33, 13, 32}, {6, 64, 33}};   // M, N, K
+  const Kernel *kernels[3] = {fastest_kernel(PRECISION_BF16), &kernel_f32, &kernel_f32};
+#ifdef BITNET_BF16
+  kernels[2] = &kernel_bf16;
+#endif
   for (size_t shape = 0; shape < ARRAY_LEN(shapes); shape++) {
-    size_t I = (size_t)shapes[shape][0], J = (size_t)shapes[shape][1], P = (size_t)shapes[shape][2], ldb = J + 3, ldc = J + 2;
-    for (int form = 0; form < 4; form++) {   // bit 0: a lies transposed, bit 1: added to c
-      size_t ai = form & 1 ? 1 : P + 1, ap = form & 1 ? I + 2 : 1;
-      float *a = normals_((I + 2) * (P + 1) + 2, 0, 1), *b = normals_(P * ldb, 0, 1), *old = normals_(I * ldc, 0, 1);
-      float *c = host_floats_(I * ldc), *want = host_floats_(I * ldc), alone;
-      memcpy(c, old, I * ldc * sizeof(float));
-      memcpy(want, old, I * ldc * sizeof(float));   // what lies between the rows of c stays as it was
-      small_product(c, ldc, form & 2, a, ai, ap, b, ldb, I, J, P);
-      for (size_t i = 0; i < I; i++) {
-        for (size_t j = 0; j < J; j++) {
-          double sum = form & 2 ? (double)old[i * ldc + j] : 0;
-          for (size_t p = 0; p < P; p++) sum += (double)a[i * ai + p * ap] * (double)b[p * ldb + j];
-          want[i * ldc + j] = (float)sum;
-          alone = old[i * ldc + j];
-          small_product(&alone, 1, form & 2, a + i * ai, ai, ap, b + j, ldb, 1, 1, P);
-          CHECK(same_bits_(&alone, c + i * ldc + j, sizeof alone), "[%zu,%zu,%zu] form %d: %zu,%zu alone", I, J, P, form, i, j);
-        }
+    for (int form = 0; form < 24; form++) {   // kernel, then bit 0: left transposed, bit 1: right transposed, bit 2: added to c
+      const Kernel *k = kernels[form / 8];
+      int precision = k == &kernel_f32 ? form / 8 - 1 : PRECISION_BF16;
+      size_t M = (size_t)shapes[shape][0], N = (size_t)shapes[shape][1], K = (size_t)shapes[shape][2], more = K + 32 * (size_t)(form % 2);
+      size_t rows = padded_to(M, k->mr), ldc = padded_to(N, k->nr);
+      float *a = normals_(M * more, 0, 1), *b = normals_(K * N, 0, 1), *old = normals_(rows * ldc, 0, 1), *c = host_floats_(rows * ldc);
+      float *want = host_floats_(M * N), *got = host_floats_(M * N), *alone = host_floats_(k->mr * ldc);
+      size_t a_row = form & 1 ? 1 : more, a_col = form & 1 ? M : 1, b_row = form & 2 ? 1 : N, b_col = form & 2 ? K : 1;
+      void *left = dev_memory_(left_bytes(k, M, more)), *put = dev_memory_(left_bytes(k, M, more)), *right = dev_memory_(right_bytes(k, K, N));
+      void *one = dev_memory_(left_bytes(k, 1, more));
+      kernel_begin(k);
+      pack_left(k, left, a, a_row, a_col, M, more, precision);
+      pack_right(k, right, b, b_row, b_col, K, N, precision);
+      for (size_t i = 0; i < M; i++) {
+        for (size_t p = 0; p < more; p++) left_put(k, put, more, i, p, a[i * a_row + p * a_col], precision);
       }
-      CHECK_CLOSE("values", c, want, I * ldc, 1e-6);
+      CHECK(same_bits_(left, put, left_bytes(k, M, more)), "[%zu,%zu,%zu] form %d: one by one", M, N, K, form);
+      memcpy(c, old, rows * ldc * sizeof(float));
+      block_product(k, c, ldc, form & 4, left, right, M, N, K, more);
+      for (size_t i = 0; i < M; i++) {
+        memcpy(alone, old + i * ldc, ldc * sizeof(float));
+        pack_left(k, one, a + i * a_row, a_row, a_col, 1, more, precision);
+        block_product(k, alone, ldc, form & 4, one, right, 1, N, K, more);
+        for (size_t j = 0; j < N; j++) {
+          double sum = form & 4 ? (double)old[i * ldc + j] : 0;
+          for (size_t p = 0; p < K; p++) {
+            double x = (double)a[i * a_row + p * a_col], y = (double)b[p * b_row + j * b_col];
+            sum += precision == PRECISION_BF16 ? nearest_bf16_(x) * nearest_bf16_(y) : x * y;
+          }
+          want[i * N + j] = (float)sum;
+          got[i * N + j] = c[i * ldc + j];
+        }
+        CHECK(same_bits_(alone, c + i * ldc, N * sizeof(float)), "[%zu,%zu,%zu] form %d: row %zu alone", M, N, K, form, i);
+      }
+      kernel_end(k);
+      CHECK_CLOSE("values", got, want, M * N, 1e-6);
       end_test_();
     }
   }
@@ -819,7 +844,7 @@ static void test_attention(void) {
   random_documents_(start + T, pos + T, 1, T);   // the first row of the batch is one document
   floatX *out = dev_acts_(NULL, (size_t)B * T * NH * HS);
   float *lse = dev_floats_(NULL, (size_t)B * T * NH);
-  attention_forward(out, lse, dev_acts_(qkv, (size_t)B * T * QKV), dev_ints_(start, B * T), B, T, NH, NKV, HS);
+  attention_forward(out, lse, dev_acts_(qkv, (size_t)B * T * QKV), dev_ints_(start, B * T), B, T, NH, NKV, HS, PRECISION_FP32);
   for (int bt = 0; bt < B * T; bt++) {
     for (int h = 0; h < NH; h++) {
       double p[T], sum = 0;
@@ -1030,21 +1055,23 @@ static void run_row_ops_(OpResults_ *o, const OpInputs_ *in, int r0, int n) {
   rope_apply(heads, pos, dev_floats_(in->cossin, OT_ * OHS_), n, ONH_, ONKV_, OHS_, 1);
   KEEP_ACTS("rope", heads, OQKV_);
 
-  if (r0 % OT_ == 0 && n % OT_ == 0) {   // attention mixes the rows of a sequence
+  for (int precision = PRECISION_BF16; precision <= PRECISION_FP32 && r0 % OT_ == 0 && n % OT_ == 0; precision++) {
+    variant = precision == PRECISION_BF16 ? "bf16 " : "fp32 ";   // whole sequences only: attention mixes their rows
     int *start = dev_ints_(in->start + r0, (size_t)n), *seq = dev_ints_(in->seq, (size_t)n);
     int *at = (int *)host_memory_((size_t)n * sizeof(int));
     for (int r = 0; r < n; r++) at[r] = r % OT_;
     floatX *att = NEW_ACTS(OATT_), *dqkv = NEW_ACTS(OQKV_);
-    attention_forward(att, lse, qkv, start, n / OT_, OT_, ONH_, ONKV_, OHS_);
+    attention_forward(att, lse, qkv, start, n / OT_, OT_, ONH_, ONKV_, OHS_, precision);
     KEEP_ACTS("attention", att, OATT_);
     KEEP_FLOATS("attention lse", lse, ONH_);
-    attention_backward(dqkv, ROWS(in->datt, OATT_), att, lse, qkv, start, n / OT_, OT_, ONH_, ONKV_, OHS_);
+    attention_backward(dqkv, ROWS(in->datt, OATT_), att, lse, qkv, start, n / OT_, OT_, ONH_, ONKV_, OHS_, precision);
     KEEP_ACTS("attention dqkv", dqkv, OQKV_);
-    size_t cache = (size_t)(n / OT_) * KV_BLOCK * ONKV_ * OHS_;
-    attention_cached(att, dev_acts_(NULL, cache), dev_acts_(NULL, cache), qkv, seq, dev_ints_(at, (size_t)n), n, KV_BLOCK, ONH_,
-                     ONKV_, OHS_);
+    size_t cache = (size_t)(n / OT_) * kv_cache_bytes(KV_BLOCK, ONKV_, OHS_, precision);
+    attention_cached(att, dev_memory_(cache), dev_memory_(cache), qkv, seq, dev_ints_(at, (size_t)n), n, KV_BLOCK, ONH_, ONKV_, OHS_,
+                     precision);
     KEEP_ACTS("attention_cached", att, OATT_);
   }
+  variant = "";
 
   for (int act = ACT_RELU2; act <= ACT_SILU; act++) {
     variant = act == ACT_RELU2 ? "relu2 " : "silu ";
@@ -1194,7 +1221,7 @@ static void test_rows_alone(void) {
   {"gemm_i8", "int8 x ternary at odd shapes, exact sums", test_gemm_i8},                 \
   {"gemm_i8_twin", "the fast integer kernels and their plain twin", test_gemm_i8_twin},  \
   {"gemm_float", "float products in every form at odd shapes", test_gemm_float},             \
-  {"small_product", "the products of attention at odd shapes", test_small_product},
+  {"block_product", "the products of attention at odd shapes", test_block_product},
 #else
 #define CPU_TESTS_
 #endif

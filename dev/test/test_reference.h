@@ -521,10 +521,10 @@ static void test_ref_attention(void) {
   floatX *qkv = ref_act_("attention.qkv"), *out = ref_act_room_("attention.out"), *dqkv = ref_act_room_("attention.dqkv");
   float *lse = ref_param_room_("attention.lse");
   int *start = ref_ints_("attention.start");
-  attention_forward(out, lse, qkv, start, B, T, NH, NKV, HS);
+  attention_forward(out, lse, qkv, start, B, T, NH, NKV, HS, PRECISION_FP32);
   expect_act_("attention.out", out, 1e-6);
   expect_param_("attention.lse", lse, 1e-6);
-  attention_backward(dqkv, ref_act_("attention.dout"), out, lse, qkv, start, B, T, NH, NKV, HS);
+  attention_backward(dqkv, ref_act_("attention.dout"), out, lse, qkv, start, B, T, NH, NKV, HS, PRECISION_FP32);
   expect_act_("attention.dqkv", dqkv, 1e-6);
 
   // The same rows against a cache: each document is a sequence of its own, position 0 is where it starts.
@@ -538,10 +538,10 @@ static void test_ref_attention(void) {
   int *dev_seq = (int *)ref_dev_memory_(sizeof seq), *dev_pos = (int *)ref_dev_memory_(sizeof pos);
   dev_copy_in(dev_seq, seq, sizeof seq);
   dev_copy_in(dev_pos, pos, sizeof pos);
-  size_t cache = (size_t)sequences * 2 * KV_BLOCK * NKV * HS * sizeof(floatX);
-  floatX *kcache = (floatX *)ref_dev_memory_(cache), *vcache = (floatX *)ref_dev_memory_(cache);
+  size_t cache = (size_t)sequences * kv_cache_bytes(2 * KV_BLOCK, NKV, HS, PRECISION_FP32);
+  void *kcache = ref_dev_memory_(cache), *vcache = ref_dev_memory_(cache);
   dev_zero(out, ref_count_("attention.out") * sizeof(floatX));
-  attention_cached(out, kcache, vcache, qkv, dev_seq, dev_pos, B * T, 2 * KV_BLOCK, NH, NKV, HS);
+  attention_cached(out, kcache, vcache, qkv, dev_seq, dev_pos, B * T, 2 * KV_BLOCK, NH, NKV, HS, PRECISION_FP32);
   expect_act_("attention.out", out, 1e-6);
   ref_close_();
 }
