@@ -1056,7 +1056,10 @@ static double peak_loop_bf16(size_t steps, float *sink) {
   __m512 acc[16];
   __m512i x = _mm512_set1_epi32((int)*sink);
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_ps();
+  for (int i = 0; i < 16; i++) {
+    acc[i] = _mm512_setzero_ps();
+    __asm__ volatile("" : "+v"(acc[i]));   // else the compiler sees that all are the same
+  }
   for (size_t s = 0; s < steps; s++) {
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)x, (__m512bh)x);
@@ -1087,7 +1090,10 @@ static double peak_loop_i8(size_t steps, float *sink) {
 #ifdef BITNET_VNNI
   __m512i acc[16], x = _mm512_set1_epi32((int)*sink);
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) acc[i] = x;
+  for (int i = 0; i < 16; i++) {
+    acc[i] = x;
+    __asm__ volatile("" : "+v"(acc[i]));
+  }
   for (size_t s = 0; s < steps; s++) {
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) acc[i] = _mm512_dpbusd_epi32(acc[i], x, x);
