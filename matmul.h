@@ -13,7 +13,8 @@ What it is:  three products, the large ones packed into panels and blocked for r
 What not:    no policy and no shapes of the network; train_bitnet.c decides what is multiplied by what.
 Read before: bitnet/ops.h.
 Defines:     exp_fast; Product, gemm, gemm_scratch_bytes; pack_left, pack_right, left_put,
-             block_product, transpose; ternary_panel_bytes, ternary_pack_panels, gemm_i8.
+             block_product, transpose; ternary_panel_bytes, ternary_pack_panels, ternary_pack_transposed,
+             gemm_i8, gemm_i8_rounded.
 
 How a fast product works. A value that was loaded should be used as often as possible before it leaves the register. So C
 is computed in tiles of mr x nr that live in registers: each step of the inner loop loads nr values of B and mr of A
@@ -31,6 +32,7 @@ any kernel may take any part.
 
 #include "bitnet/ops.h"
 #include "bitnet/utils.h"
+#include "quant.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -808,6 +810,26 @@ static void ternary_pack_panels(uint8_t *panels, const int8_t *codes, size_t N, 
   }
 }
 
+// panels (=) of the transposed matrix: its outputs are the K inputs of codes [N,K], its inputs the N outputs.
+static void ternary_pack_transposed(uint8_t *panels, const int8_t *codes, size_t N, size_t K) {
+  size_t groups = ternary_groups(N), n_panels = (K + I8_WIDTH - 1) / I8_WIDTH;
+#pragma omp parallel for schedule(static)
+  for (size_t panel = 0; panel < n_panels; panel++) {
+    uint8_t *out = panels + panel * groups * I8_WIDTH * 4;
+    size_t k0 = panel * I8_WIDTH, lanes = K - k0 < I8_WIDTH ? K - k0 : I8_WIDTH;
+    memset(out, 0, groups * I8_WIDTH * 4);
+    for (size_t g = 0; g < (N + 3) / 4; g++, out += I8_WIDTH * 4) {
+      uint8_t rows[4][I8_WIDTH] = {{0}};
+      for (size_t j = 0; j < 4 && 4 * g + j < N; j++) {
+        for (size_t lane = 0; lane < lanes; lane++) rows[j][lane] = (uint8_t)(codes[(4 * g + j) * K + k0 + lane] + 1);
+      }
+      for (size_t lane = 0; lane < I8_WIDTH; lane++) {
+        for (size_t j = 0; j < 4; j++) out[lane * 4 + j] = rows[j][lane];
+      }
+    }
+  }
+}
+
 // Four activations from k on as one 32-bit word; beyond K they are zeros.
 static inline int32_t four_codes(const int8_t *q, size_t k, size_t K) {
   int32_t word = 0;
@@ -1010,6 +1032,62 @@ static void gemm_i8(float *out, int32_t *exact, const int8_t *q, const float *s,
         excess[i] = sum;
       }
       i8_block(&r, q, panels + p0 * ternary_groups(K) * I8_WIDTH * 4, excess, m0, rows, p0, p1 < n_panels ? p1 : n_panels, K);
+    }
+    if (amx_ready()) amx_end();
+  }
+}
+
+/*
+dx (=) [M,K] = dy w, both operands integers: w in transposed panels (ternary_pack_transposed), dy [M,N] times gamma [N] rounded at random
+to int8, with one scale for each row. A row of sums is exact, so no bit depends on the number of threads. key: of the random numbers;
+scratch: gemm_i8_rounded_bytes(N).
+*/
+static size_t gemm_i8_rounded_bytes(size_t N) {
+  return (size_t)thread_count() * I8_BLOCK * ((N + 63) / 64 * 64);
+}
+
+// One row of codes q (=) [N]; returns its scale, NaN where the row is not finite.
+static float round_row(int8_t *RESTRICT q, const float *RESTRICT dy, const float *RESTRICT gamma, size_t N, uint32_t key, uint32_t row) {
+  float top = 0, bad = 0;
+#pragma omp simd reduction(max : top) reduction(+ : bad)
+  for (size_t n = 0; n < N; n++) {
+    float a = fabsf(dy[n] * gamma[n]);
+    top = a > top ? a : top;
+    bad += a * 0.0f;
+  }
+  float inverse = top > 1e-30f ? 127.0f / top : 0.0f;
+  uint32_t first = row * (uint32_t)N;
+#pragma omp simd
+  for (size_t n = 0; n < N; n++) {
+    float v = dy[n] * gamma[n] * inverse;
+    v = v < 127.0f ? v : 127.0f;
+    q[n] = (int8_t)noisy_code(v > -127.0f ? v : -127.0f, noise_at(key, first + (uint32_t)n));
+  }
+  return top / 127.0f + bad;
+}
+
+static void gemm_i8_rounded(float *dx, const float *dy, const float *gamma, const uint8_t *panels, const float *ones, size_t M, size_t N,
+                            size_t K, uint32_t key, void *scratch) {
+  size_t threads = (size_t)thread_count(), stride = (N + 63) / 64 * 64, step = (M / (2 * threads) / 32 + 1) * 32;
+  if (step > I8_BLOCK) step = I8_BLOCK;
+#pragma omp parallel
+  {
+    int8_t *q = (int8_t *)scratch + (size_t)thread_index() * I8_BLOCK * stride;
+    float s[I8_BLOCK];
+    int32_t excess[I8_BLOCK];
+    if (amx_ready()) amx_begin();
+#pragma omp for schedule(static)
+    for (size_t m0 = 0; m0 < M; m0 += step) {
+      size_t rows = M - m0 < step ? M - m0 : step;
+      I8Result r = {dx + m0 * K, NULL, s, ones, NULL, NULL, K};
+      for (size_t i = 0; i < rows; i++) {
+        int8_t *row = q + i * N;
+        int32_t sum = 0;
+        s[i] = round_row(row, dy + (m0 + i) * N, gamma, N, key, (uint32_t)(m0 + i));
+        for (size_t n = 0; n < N; n++) sum += row[n];
+        excess[i] = sum;
+      }
+      i8_block(&r, q, panels, excess, 0, rows, 0, (K + I8_WIDTH - 1) / I8_WIDTH, N);
     }
     if (amx_ready()) amx_end();
   }

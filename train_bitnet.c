@@ -217,6 +217,11 @@ void dev_peaks(Peaks *p) {
   dev_free(x);
 }
 
+// Scratch for gemm_i8_rounded and K numbers before it.
+static size_t rounded_scratch_bytes(size_t N, size_t K) {
+  return (K + 15) / 16 * 16 * sizeof(float) + gemm_i8_rounded_bytes(N);
+}
+
 int ops_row_block(void) {
   return 1024;
 }
@@ -231,6 +236,7 @@ size_t ops_scratch_bytes(size_t max_rows, size_t max_n, size_t max_k) {
   size_t numbers = (size_t)thread_count() * max_rows * sizeof(float);
   if (rows > most) most = rows;
   if (numbers > most) most = numbers;
+  if (rounded_scratch_bytes(max_n, max_k) > most) most = rounded_scratch_bytes(max_n, max_k);
   if (packed_scratch_bytes(max_rows, max_k) > most) most = packed_scratch_bytes(max_rows, max_k);
   if (gemm_few_scratch_bytes(max_k) > most) most = gemm_few_scratch_bytes(max_k);
   return chunks > most ? chunks : most;
@@ -250,6 +256,10 @@ static float *scratch_floats(size_t n) {
 // Scratch for one product with these sizes, in any order.
 static float *gemm_scratch(size_t x, size_t y, size_t z) {
   return scratch_floats(gemm_scratch_bytes(x, y, z) / sizeof(float));
+}
+
+static float *rounded_scratch(size_t N, size_t K) {
+  return scratch_floats(rounded_scratch_bytes(N, K) / sizeof(float));
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -508,8 +518,12 @@ static uint8_t *ternary_panels(const BitWeight *w) {
   return (uint8_t *)w->data + ((size_t)w->N * w->K + 63) / 64 * 64;
 }
 
+static uint8_t *transposed_panels(const BitWeight *w) {
+  return ternary_panels(w) + ternary_panel_bytes((size_t)w->N, (size_t)w->K);
+}
+
 size_t bitweight_bytes(int N, int K) {
-  size_t n = (size_t)N, k = (size_t)K, codes = (n * k + 63) / 64 * 64 + ternary_panel_bytes(n, k);
+  size_t n = (size_t)N, k = (size_t)K, codes = (n * k + 63) / 64 * 64 + ternary_panel_bytes(n, k) + ternary_panel_bytes(k, n);
   return n * k * sizeof(float) > codes ? n * k * sizeof(float) : codes;
 }
 
@@ -541,6 +555,7 @@ void weight_quantize(BitWeight *w, const float *master, float lambda) {
     row += rows;
   }
   if (lambda == 1.0f) ternary_pack_panels(ternary_panels(w), (const int8_t *)w->data, (size_t)w->N, K);
+  if (lambda == 1.0f && w->dx_int8) ternary_pack_transposed(transposed_panels(w), (const int8_t *)w->data, (size_t)w->N, K);
 }
 
 size_t bitweight_packed_bytes(int N, int K) {
@@ -651,19 +666,27 @@ so dx = dx_eff and dw = dw_eff, at every lambda:
     dx[r,k] = sum_n dy[r,n] w_eff[n,k]          dw[n,k] += sum_r dy[r,n] x_eff[r,k]          dbias[n] += sum_r dy[r,n]
 
 At lambda = 1 w_eff = gamma[n] t[n,k] and x_eff = s[r] q[r,k]. The scale belongs to the index that is summed over, so it is
-multiplied into dy while dy is packed; the other operand stays a matrix of small integers, exact in any format.
+multiplied into dy while dy is packed; the other operand stays a matrix of small integers, exact in any format. With dx_int8 the rows of
+dy gamma are rounded to int8, at random and without bias, and dx becomes an integer product like the forward one.
 */
 void bitlinear_backward(floatX *dx, float *dw, float *dbias, const floatX *dout, const QAct *x, const BitWeight *w, int R) {
   size_t N = (size_t)w->N, K = (size_t)w->K;
-  float *scratch = gemm_scratch((size_t)R, N, K);
-  int ternary = w->lambda == 1.0f;
+  int ternary = w->lambda == 1.0f, rounded = ternary && w->dx_int8;
+  float *scratch = rounded ? rounded_scratch(N, K) : gemm_scratch((size_t)R, N, K);
   Product g = {0};
   g.M = (size_t)R, g.N = K, g.K = N;                    // dx = dy w_eff
   g.A = dout, g.a_row = N, g.a_col = 1, g.a_scale = ternary ? w->gamma : NULL;
   set_b(&g, w->data, ternary, K, 1);
   g.C = dx;
   g.precision = w->precision;
-  gemm(&g, scratch);
+  if (rounded) {
+    float *ones = scratch;
+    for (size_t k = 0; k < K; k++) ones[k] = 1;
+    gemm_i8_rounded(dx, dout, w->gamma, transposed_panels(w), ones, (size_t)R, N, K, (uint32_t)(w->noise ^ w->noise >> 32), ones + (K + 15) / 16 * 16);
+    scratch = gemm_scratch((size_t)R, N, K);
+  } else {
+    gemm(&g, scratch);
+  }
   g.M = N, g.N = K, g.K = (size_t)R;                    // dw += dy' x_eff
   g.A = dout, g.a_row = 1, g.a_col = N, g.a_scale = has_codes(x) ? x->s : NULL;
   set_b(&g, x->data, has_codes(x), K, 1);

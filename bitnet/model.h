@@ -256,6 +256,8 @@ typedef struct {
   TensorTable table;
   float lambda;              // of the last model_quantize; -1 before the first
   int precision;             // PRECISION_*
+  int dx_int8;               // 1: gradients of BitLinear inputs are integer products while lambda = 1; set before model_quantize
+  uint64_t noise;            // dx_int8: key of the next backward pass's random rounding
   int frozen;                // 1: only runs; see model_open_frozen
   Head embed, head;          // of a frozen model: embedding table and classifier, the same table when tied
   void *head_memory;
@@ -593,6 +595,7 @@ UNUSED static void model_quantize(Model *m, float lambda) {
   for (int l = 0; l < m->c.layers; l++) {
     LayerWeights *w = &m->weights[l];
     const LayerSlots *s = &m->table.layers[l];
+    w->qkv.dx_int8 = w->o.dx_int8 = w->gate_up.dx_int8 = w->down.dx_int8 = m->dx_int8;
     weight_quantize(&w->qkv, m->params + s->qkv, lambda);
     weight_quantize(&w->o, m->params + s->o, lambda);
     weight_quantize(&w->gate_up, m->params + s->gate_up, lambda);
@@ -672,6 +675,13 @@ UNUSED static void layer_forward(const Model *m, int l, LayerActs *a, floatX *ou
   }
 }
 
+// A weight with the random numbers of its own for the backward pass of rows r0 and on of block l.
+static BitWeight noisy_(const BitWeight *w, const Model *m, int l, int which, int r0) {
+  BitWeight noisy = *w;
+  noisy.noise = m->dx_int8 ? rng_u64(m->noise, RNG_ROUND, (uint64_t)l << 34 | (uint64_t)which << 32 | (uint64_t)r0) : 0;
+  return noisy;
+}
+
 /*
 The same list from the end. m->dres holds the gradient of the block's output when it starts and of its input when it ends: the
 residual stream passes the gradient through unchanged (out = mid + ..., mid = x + ...), and each branch adds its part.
@@ -689,24 +699,26 @@ UNUSED static void layer_backward(Model *m, int l, const LayerActs *a, const flo
     QAct h3 = rows_of_(&a->h3, r0, C), h4 = rows_of_(&a->h4, r0, F);
     floatX *gate_up = gate_up_rows_(m, a, r0), *dres = m->dres + (size_t)r0 * C;
     if (gate_up_is_block_(m)) bitlinear_forward(gate_up, &h3, &w->gate_up, NULL, n);
-    bitlinear_backward(m->dh, g + s->down, NULL, dres, &h4, &w->down, n);
+    BitWeight down = noisy_(&w->down, m, l, 3, r0), gate_up_weight = noisy_(&w->gate_up, m, l, 2, r0);
+    bitlinear_backward(m->dh, g + s->down, NULL, dres, &h4, &down, n);
     glu_backward(m->dwide, slot_(g, s->sub2), m->dh, gate_up, slot_(p, s->sub2), a->rstd4 + r0, n, F, c->activation);
-    bitlinear_backward(m->dh, g + s->gate_up, NULL, m->dwide, &h3, &w->gate_up, n);
+    bitlinear_backward(m->dh, g + s->gate_up, NULL, m->dwide, &h3, &gate_up_weight, n);
     rmsnorm_backward(dres, g + s->norm2, m->dh, a->mid + (size_t)r0 * C, p + s->norm2, a->rstd3 + r0, n, C);
   }
 
+  BitWeight o = noisy_(&w->o, m, l, 1, 0), qkv = noisy_(&w->qkv, m, l, 0, 0);
   if (c->attn_sub_norm) {
-    bitlinear_backward(m->dh, g + s->o, slot_(g, s->o_bias), m->dres, &a->h2, &w->o, R);
+    bitlinear_backward(m->dh, g + s->o, slot_(g, s->o_bias), m->dres, &a->h2, &o, R);
     dev_zero(datt, (size_t)R * (size_t)(NH * HS) * sizeof(floatX));
     rmsnorm_backward(datt, g + s->sub1, m->dh, a->att, p + s->sub1, a->rstd2, R, NH * HS);
   } else {
-    bitlinear_backward(datt, g + s->o, slot_(g, s->o_bias), m->dres, &a->h2, &w->o, R);
+    bitlinear_backward(datt, g + s->o, slot_(g, s->o_bias), m->dres, &a->h2, &o, R);
   }
   attention_backward(m->dwide, datt, a->att, a->lse, a->qkv, ctx->start, ctx->B, ctx->T, NH, NKV, HS, m->precision);
   rope_apply(m->dwide, ctx->pos, m->cossin, R, NH, NKV, HS, -1);
   if (c->qk_norm)
     headnorm_backward(m->dwide, g + s->q_norm, g + s->k_norm, a->qkv_raw, p + s->q_norm, p + s->k_norm, a->rstd_qk, R, NH, NKV, HS);
-  bitlinear_backward(m->dh, g + s->qkv, slot_(g, s->qkv_bias), m->dwide, &a->h1, &w->qkv, R);
+  bitlinear_backward(m->dh, g + s->qkv, slot_(g, s->qkv_bias), m->dwide, &a->h1, &qkv, R);
   rmsnorm_backward(m->dres, g + s->norm1, m->dh, x, p + s->norm1, a->rstd1, R, C);
 }
 

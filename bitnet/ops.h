@@ -63,6 +63,8 @@ typedef struct {
   float lambda;        // of the last weight_quantize
   int precision;       // PRECISION_*: of products with float operands
   int packed;          // 1: for inference only, written by weight_pack
+  int dx_int8;         // 1: at lambda = 1 the gradient of the input is an integer product, too; set before weight_quantize
+  uint64_t noise;      // dx_int8: key of the random numbers with which a backward pass rounds
   void *data;          // bitweight_bytes(N, K), or bitweight_packed_bytes(N, K), in whatever layout the backend likes
   float *gamma;        // [N]
   const float *bias;   // [N], or NULL

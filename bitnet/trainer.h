@@ -327,6 +327,7 @@ static StepReport train_step_(Trainer *t) {
   model_quantize(m, (float)r.lambda);
   dev_zero(m->grads, m->table.floats * sizeof(float));
   for (int i = 0; i < o->grad_accum; i++) {
+    m->noise = rng_u64((uint64_t)o->seed, RNG_ROUND, (uint64_t)step * (uint64_t)o->grad_accum + (uint64_t)i);
     if (t->hooks->loss) r.loss += t->hooks->loss(t->hooks->ctx, m, &t->batches[i], coef, t->host_coef);
     else r.loss += batch_loss(m, &t->batches[i], coef, t->host_coef, 1);
   }

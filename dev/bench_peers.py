@@ -9,7 +9,6 @@ llama.cpp reads GGUF files with random ternary weights, written here block by bl
 bits a weight) and TQ1_0 (1.69), each with the embedding table, which is also the head, in F16 and in Q6_K. Our program makes its
 random weights in memory. Each round runs every program once, one after the other, so that all see the same weather on a
 shared machine; the table shows medians over the rounds and the ratio to the fastest peer.
-With --bitnet-cpp BINARY (llama-bench of a bitnet.cpp tree) its I2_S runs as well.
 """
 import argparse
 import json
@@ -44,15 +43,6 @@ def ternary_blocks(rng, rows, cols, kind):
     return out.reshape(rows, -1)
 
 
-def i2s_bytes(rng, rows, cols):
-    """bitnet.cpp's I2_S: blocks of 128 codes in 32 bytes, and behind the matrix 32 bytes with its scale."""
-    table = np.array([v % 3 | v // 3 % 3 << 2 | v // 9 % 3 << 4 | v // 27 << 6 for v in range(81)], np.uint8)
-    body = table[rng.integers(0, 81, rows * cols // 4, dtype=np.uint8)]
-    tail = np.zeros(32, np.uint8)
-    tail[:4] = np.array([0.02], np.float32).view(np.uint8)
-    return np.concatenate([body, tail])
-
-
 def head_blocks(rng, kind):
     """The embedding table [VOCAB, DIM] ~ N(0, 0.02) in F16, or random Q6_K blocks of about that size."""
     if kind == "F16":
@@ -70,9 +60,8 @@ def head_blocks(rng, kind):
 
 def write_model(path, weights, head):
     import gguf
-    arch = "bitnet-b1.58" if weights == "I2_S" else "bitnet"
     rng = np.random.default_rng(1)
-    w = gguf.GGUFWriter(path + ".tmp", arch)
+    w = gguf.GGUFWriter(path + ".tmp", "bitnet")
     w.add_block_count(LAYERS)
     w.add_context_length(4096)
     w.add_embedding_length(DIM)
@@ -146,28 +135,60 @@ def child(args, path):
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
+def ours(binary, threads):
+    """{row: value} of one run of our program: tokens/s, the share of the reading limit, memory."""
+    out = subprocess.run([binary, "bench", "decode", f"threads={threads}"], check=True, stdout=subprocess.PIPE, text=True).stdout
+    rows = {}
+    for line in out.splitlines():
+        name, rest = line.split(None, 1)
+        shape = re.sub(r"\s{2,}.*", "", rest)
+        rows[f"{name} {shape}"] = float(rest[len(shape):].split()[0])
+    short = {"prefill 128": "prefill 2b4t T=128", "prefill 512": "prefill 2b4t T=512", "decode": "decode 2b4t B=1 at 128"}
+    return {k: rows[v] for k, v in short.items()}, rows
+
+
 def main():
-    p = argparse.ArgumentParser()
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dir", default="/tmp/bitnet_peers", help="where the random models are kept (4 GB)")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--new", type=int, default=32, help="decoded tokens")
+    p.add_argument("--new", type=int, default=32, help="tokens that a peer decodes")
     p.add_argument("--prompt", type=int, nargs="+", default=[128, 512])
-    p.add_argument("--only", default="", help="peers whose name contains this")
+    p.add_argument("--binary", default=os.path.join(ROOT, "train_bitnet"))
     p.add_argument("--child", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.child:
         run_llama(args.child, args.threads, args.prompt, args.new)
         return
     os.makedirs(args.dir, exist_ok=True)
+    peers = {}
     for weights in ("TQ2_0", "TQ1_0"):
         for head in ("F16", "Q6_K"):
-            path = os.path.join(args.dir, f"{weights}_{head}.gguf")
-            if args.only in path and not os.path.exists(path):
+            path = peers[f"llama.cpp {weights}, {head} head"] = os.path.join(args.dir, f"{weights}_{head}.gguf")
+            if not os.path.exists(path):
                 print("writing", path, file=sys.stderr)
                 write_model(path, weights, head)
-            if args.only in path:
-                print(path, child(args, path))
+    found = {name: {} for name in ["ours", *peers]}
+    rows = {}
+    for k in range(args.rounds):
+        values, more = ours(args.binary, args.threads)
+        for name, result in [("ours", values)] + [(name, child(args, path)) for name, path in peers.items()]:
+            for key, value in result.items():
+                found[name].setdefault(key, []).append(value)
+        for key, value in more.items():
+            rows.setdefault(key, []).append(value)
+        print(f"round {k + 1} of {args.rounds}", file=sys.stderr)
+    columns = ["prefill 128", "prefill 512", "decode"]
+    median = {name: {c: statistics.median(v[c]) for c in columns} for name, v in found.items()}
+    print(f"{'tokens/s':32}" + "".join(f"{c:>14}" for c in columns))
+    for name, values in median.items():
+        print(f"{name:32}" + "".join(f"{values[c]:14.1f}" for c in columns))
+    print(f"{'ours / fastest peer':32}" + "".join(f"{median['ours'][c] / max(median[n][c] for n in peers):14.2f}" for c in columns))
+    tq2 = [n for n in peers if "TQ2_0" in n]
+    print(f"{'ours / fastest TQ2_0':32}" + "".join(f"{median['ours'][c] / max(median[n][c] for n in tq2):14.2f}" for c in columns))
+    for key, values in rows.items():
+        if not key.startswith(("prefill", "decode 2b4t B=1 at 128")):
+            print(f"{key:32}{statistics.median(values):14.1f}")
 
 
 if __name__ == "__main__":

@@ -77,12 +77,13 @@ typedef struct {
   const BenchModel *b;
 } Bench;
 
-static void bench_open_(Bench *x, const BenchModel *b, float lambda) {
+static void bench_open_(Bench *x, const BenchModel *b, float lambda, int dx_int8) {
   Config c;
   bench_config_(&c, b);
   x->b = b;
   model_open(&x->m, &c, PRECISION_BF16);
   model_init_random(&x->m, 1);
+  x->m.dx_int8 = dx_int8;
   model_alloc_training(&x->m, b->B, b->T, 0, lambda == 1.0f);
   batch_alloc(&x->batch, b->B, b->T);
   x->coef = (float *)xcalloc((size_t)x->m.R, sizeof(float));
@@ -111,7 +112,7 @@ static void bench_step_(Bench *x, float lambda, int t) {
   bench_wait_(m->params);
 }
 
-static void bench_train_(const char *only) {
+static void bench_train_(const char *only, int dx_int8) {
   const float lambdas[] = {1.0f, 0.5f};
   for (size_t i = 0; i < ARRAY_LEN(bench_models); i++) {
     const BenchModel *b = &bench_models[i];
@@ -120,7 +121,7 @@ static void bench_train_(const char *only) {
       Bench x;
       double times[BENCH_RUNS];
       char shape[64];
-      bench_open_(&x, b, lambdas[l]);
+      bench_open_(&x, b, lambdas[l], dx_int8);
       for (int k = -1; k < BENCH_RUNS; k++) {
         double t0 = time_now();
         bench_step_(&x, lambdas[l], k + 2);
@@ -263,14 +264,14 @@ static void bench_op_(Bench *x, int op) {
   }
 }
 
-static void bench_ops_(const char *only) {
+static void bench_ops_(const char *only, int dx_int8) {
   for (size_t i = 0; i < ARRAY_LEN(bench_models); i++) {
     const BenchModel *b = &bench_models[i];
     double ms[OP_COUNT], sum = 0, whole[BENCH_RUNS];
     char shape[64];
     Bench x;
     if (only[0] && strcmp(only, b->name) != 0) continue;
-    bench_open_(&x, b, 1.0f);
+    bench_open_(&x, b, 1.0f, dx_int8);
     for (int k = -1; k < BENCH_RUNS; k++) {
       double t0 = time_now();
       bench_step_(&x, 1.0f, k + 2);
@@ -309,7 +310,7 @@ static void bench_product_row_(const char *name, int M, int N, int K, double ope
   bench_row_(name, shape, 100 * operations / seconds / peak, "% of peak");
 }
 
-static void bench_products_(const char *only) {
+static void bench_products_(const char *only, int dx_int8) {
   Peaks peak;
   dev_peaks(&peak);
   for (size_t i = 0; i < ARRAY_LEN(bench_models); i++) {
@@ -317,7 +318,7 @@ static void bench_products_(const char *only) {
     double times[3][BENCH_RUNS];
     Bench x;
     if (only[0] && strcmp(only, b->name) != 0) continue;
-    bench_open_(&x, b, 1.0f);
+    bench_open_(&x, b, 1.0f, dx_int8);
     bench_step_(&x, 1.0f, 1);
     Model *m = &x.m;
     BitWeight *w[4] = {&m->weights[0].qkv, &m->weights[0].o, &m->weights[0].gate_up, &m->weights[0].down};
@@ -366,9 +367,9 @@ UNUSED static void mode_bench(Options *o) {
   int all = part[0] == 0, known = all;
   fprintf(stderr, "device  %s\n", dev_name());
   if (all || strcmp(part, "peaks") == 0) bench_peaks_(), known = 1;
-  if (all || strcmp(part, "products") == 0) bench_products_(only), known = 1;
-  if (all || strcmp(part, "train") == 0) bench_train_(only), known = 1;
-  if (all || strcmp(part, "ops") == 0) bench_ops_(only), known = 1;
+  if (all || strcmp(part, "products") == 0) bench_products_(only, o->dx_int8), known = 1;
+  if (all || strcmp(part, "train") == 0) bench_train_(only, o->dx_int8), known = 1;
+  if (all || strcmp(part, "ops") == 0) bench_ops_(only, o->dx_int8), known = 1;
   if (all || strcmp(part, "decode") == 0) bench_decode_(), known = 1;
   if (!known) die(EXIT_USAGE, "bench: expected peaks, products, train, ops or decode (and /5.1m, /12m or /124m), found '%s'", o->dir);
 }

@@ -28,7 +28,7 @@ static const Mode modes[] = {
     {"logits", "DIR ids=\"1 2 3\"", "one line per position with all logits, for checking against a reference", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_logits},
     {"perplexity", "DIR file=TEXT | data=GLOB", "how well a model predicts a text, per token and per byte", GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_perplexity},
     {"tokenize", "DIR", "text on stdin, token ids on stdout, line by line; decode=1: the other way", GROUP_INFERENCE, 0, 1, mode_tokenize},
-    {"bench", "[peaks|products|train|ops|decode]", "what the machine can do, and how much of it we use", GROUP_SHARED, 0, 2, mode_bench}};
+    {"bench", "[peaks|products|train|ops|decode]", "what the machine can do, and how much of it we use", GROUP_SHARED | GROUP_TRAINING, 0, 2, mode_bench}};
 
 // Everything main does. Returns the exit code.
 static int run_mode(int argc, char **argv) {

@@ -696,6 +696,68 @@ static void test_block_product(void) {
 // ---------------------------------------------------------------------------------------------------------
 // BitLinear against its definition in double.
 
+#ifdef BITNET_MATMUL_H
+/*
+dx_int8: dx is the exact product of the weights with codes that the scalar formulas give; another key gives other codes; the mean over many
+keys is the exact gradient; dw is untouched; a NaN is seen.
+*/
+static void test_dx_int8(void) {
+  enum { R = 37, N = 45, K = 70, KEYS_ = 400 };
+  reserve_scratch_();
+  float *x = normals_(R * K, 0, 1), *dy = normals_(R * N, 0, 1), *mean = host_floats_(R * K), *want = host_floats_(R * K);
+  for (int n = 0; n < N; n++) dy[5 * N + n] = 0;   // a row without gradient
+  float *master = dev_floats_(normals_(N * K, 0, 0.4), N * K);
+  BitWeight exact = new_weight_(master, NULL, 20, 25, 0, K, 1, PRECISION_FP32), w = exact;
+  w.data = dev_memory_(bitweight_bytes(N, K));
+  w.gamma = dev_floats_(NULL, N);
+  w.dx_int8 = 1;
+  weight_quantize(&w, master, 1);
+  QAct q = new_qact_(8, 1, R, K);
+  floatX *dev_dy = dev_acts_(dy, R * N), *dx = dev_acts_(NULL, R * K);
+  float *dw = dev_floats_(NULL, N * K), *dw_exact = dev_floats_(NULL, N * K), *first = NULL;
+  act_quant_forward(&q, dev_acts_(x, R * K), R, K);
+  bitlinear_backward(dx, dw_exact, NULL, dev_dy, &q, &exact, R);
+  float *dx_exact = read_acts_(dx, R * K), *gamma = read_floats_(w.gamma, N);
+  int8_t *t = weight_codes_(&w);
+  for (int k = 0; k < KEYS_; k++) {
+    w.noise = 77 + (uint64_t)k;
+    dev_zero(dw, N * K * sizeof(float));
+    bitlinear_backward(dx, dw, NULL, dev_dy, &q, &w, R);
+    float *got = read_acts_(dx, R * K);
+    if (k == 0) {
+      for (size_t r = 0; r < R; r++) {
+        float top = 0;
+        for (size_t n = 0; n < N; n++) top = fabsf(dy[r * N + n] * gamma[n]) > top ? fabsf(dy[r * N + n] * gamma[n]) : top;
+        for (size_t c = 0; c < K; c++) {
+          int32_t sum = 0;
+          for (size_t n = 0; n < N && top > 0; n++)
+            sum += noisy_code(dy[r * N + n] * gamma[n] * (127.0f / top), noise_at(77, (uint32_t)(r * N + n))) * t[n * K + c];
+          want[r * K + c] = (float)sum * (top / 127.0f);
+        }
+      }
+      CHECK_CLOSE("dx from the codes", got, want, R * K, 1e-6);
+      first = got;
+    }
+    if (k == 1) CHECK(!same_bits_(got, first, R * K * sizeof(float)), "another key gives the same gradient");
+    CHECK(same_bits_(read_floats_(dw, N * K), read_floats_(dw_exact, N * K), N * K * sizeof(float)), "dw depends on dx_int8");
+    for (size_t i = 0; i < R * K; i++) mean[i] += got[i] / KEYS_;
+  }
+  CHECK_CLOSE("mean of dx", mean, dx_exact, R * K, 2e-3);   // a code is off by at most 1 of 127: 0.3 % of dx, a twentieth of it on average
+  for (int threads = 1; threads <= 3; threads++) {
+    set_threads_(threads);
+    w.noise = 77;
+    bitlinear_backward(dx, dw, NULL, dev_dy, &q, &w, R);
+    CHECK(same_bits_(read_acts_(dx, R * K), first, R * K * sizeof(float)), "%d threads", threads);
+  }
+  set_threads_(0);
+  dy[7] = NAN;
+  bitlinear_backward(dx, dw, NULL, dev_acts_(dy, R * N), &q, &w, R);
+  float *bad = read_acts_(dx, R * K);
+  CHECK(isnan(bad[0]) && isfinite(bad[K]), "a NaN in row 0 gives %g there and %g in row 1", (double)bad[0], (double)bad[K]);
+  end_test_();
+}
+#endif
+
 static void test_packed_vs_fake(void) {
   enum { R = 11, N = 37, K = 301 };
   reserve_scratch_();
@@ -1221,6 +1283,7 @@ static void test_rows_alone(void) {
   {"gemm_i8", "int8 x ternary at odd shapes, exact sums", test_gemm_i8},                 \
   {"gemm_i8_twin", "the fast integer kernels and their plain twin", test_gemm_i8_twin},  \
   {"gemm_float", "float products in every form at odd shapes", test_gemm_float},             \
+  {"dx_int8", "gradients of inputs as integer products", test_dx_int8}, \
   {"block_product", "the products of attention at odd shapes", test_block_product},
 #else
 #define CPU_TESTS_
