@@ -134,21 +134,25 @@ EMU_TESTS = emu_ops_bf16 emu_ops_f32 emu_asan_bf16 emu_asan_f32
 $(EMU_TESTS): dev/test/test_cuda.cu dev/test/check.h dev/cuda_emu.h cpu_ops.o $(CUDA_SOURCE)
 	$(EMU_BUILD) $(EMU_FLOATX) $(if $(findstring asan,$@),$(EMU_ASAN)) -o $@ dev/test/test_cuda.cu -x none cpu_ops.o $(OMP) -lm
 
-emu_bitnet_f32: $(TESTS) dev/cuda_emu.h $(CUDA_SOURCE)
-	$(EMU_BUILD) -DBITNET_FLOATX_F32 -o $@ test_bitnet.c -lm
+emu_bitnet_f32 emu_bitnet_bf16: $(TESTS) dev/cuda_emu.h $(CUDA_SOURCE)
+	$(EMU_BUILD) $(EMU_FLOATX) -o $@ test_bitnet.c -lm
 
 emu_train_f32: dev/cuda_emu.h $(CUDA_SOURCE)
 	$(EMU_BUILD) -DBITNET_FLOATX_F32 -o $@ train_bitnet.cu -lm
 
-testemu: $(EMU_TESTS) emu_bitnet_f32 emu_train_f32 train_bitnet
+# The whole table holds for fp32 activations; of the equalities of inference, which hold in any format, bf16 runs these.
+EMU_BF16_TABLE = packed_weights packed_codes packed_threads screen frozen
+
+testemu: $(EMU_TESTS) emu_bitnet_f32 emu_bitnet_bf16 emu_train_f32 train_bitnet
 	for t in $(EMU_TESTS); do for order in 0 1; do echo "$$t, order $$order"; EMU_ORDER=$$order ./$$t || exit 1; done; done
 	BITNET_BINARY=./emu_train_f32 ./emu_bitnet_f32
+	for t in $(EMU_BF16_TABLE); do ./emu_bitnet_bf16 $$t || exit 1; done
 	dev/test/same_curve.sh ./train_bitnet ./emu_train_f32
 
 # ---------------------------------------------------------------------------------------------------------
 clean:
 	rm -f train_bitnet test_bitnet test_float64 train_bitnet_asan test_bitnet_asan train_bitnetcu test_bitnetcu \
-	  test_cuda_bf16 test_cuda_f32 cpu_ops.o $(EMU_TESTS) emu_bitnet_f32 emu_train_f32
+	  test_cuda_bf16 test_cuda_f32 cpu_ops.o $(EMU_TESTS) emu_bitnet_f32 emu_bitnet_bf16 emu_train_f32
 
 help:
 	@echo "make train_bitnet   the program (CPU)"

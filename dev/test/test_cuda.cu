@@ -159,6 +159,7 @@ static void test_device(void) {
   dev_zero(z.p + 1, sizeof(float));
   CHECK(z.out() == Floats({1, 0, 3, 0, 0}), "dev_zero");
   CHECK(dev_memory_free() > 0, "no free memory");
+  dev_read(a.p, a.n * sizeof(floatX));
   Peaks p;
   dev_peaks(&p);
   CHECK(p.fp32 > 0 && p.bf16 > 0 && p.int8 > 0 && p.read > 0, "peaks %g %g %g %g", p.fp32, p.bf16, p.int8, p.read);
@@ -343,8 +344,8 @@ struct Weight {
         gdata((bitweight_bytes(a + b + d, K) + 3) / 4), ggamma((size_t)(a + b + d)), cdata((cpu::bitweight_bytes(a + b + d,
             K) + 3) / 4),
         cgamma((size_t)(a + b + d)) {
-    g = {a + b + d, K, {a, b, d}, -1, precision, gdata.p, ggamma.p, with_bias ? gbias.p : NULL};
-    c = {a + b + d, K, {a, b, d}, -1, precision, cdata.data(), cgamma.data(), with_bias ? bias.data() : NULL};
+    g = {a + b + d, K, {a, b, d}, -1, precision, 0, gdata.p, ggamma.p, with_bias ? gbias.p : NULL};
+    c = {a + b + d, K, {a, b, d}, -1, precision, 0, cdata.data(), cgamma.data(), with_bias ? bias.data() : NULL};
   }
   void quantize(float lambda) {
     reserve_scratch(1, (size_t)g.N, (size_t)g.K);
@@ -433,6 +434,63 @@ static void test_bitlinear_forward(void) {
   }
 }
 
+// The packed form on both sides: codes, scales, products; from master weights and from codes; few rows, many, and unpacked in pieces.
+static void test_packed(void) {
+  const int shapes[][4] = {{40, 0, 0, 48}, {17, 9, 6, 37}, {6, 3, 7, 300}, {130, 30, 40, 264}};   // parts, K
+  const int rows[] = {1, 8, 9, 33, 64, 65, 130};
+  for (const int *s : shapes) {
+    for (int variant = 0; variant < 4; variant++) {
+      int K = s[3], first = 0;
+      size_t kept[2] = {operand_bytes, sums_bytes};
+      Weight w(s[0], s[1], s[2], K, PRECISION_BF16, variant % 2);
+      size_t N = (size_t)w.g.N, n = N * K;
+      w.quantize(1);
+      if (variant >= 2) operand_bytes = sums_bytes = 20 * (size_t)K;   // unpacked 16 outputs at a time
+      Dev<char> packed(bitweight_packed_bytes((int)N, K));
+      std::vector<char> cpu_packed(cpu::bitweight_packed_bytes((int)N, K));
+      Dev<float> gamma(N);
+      Floats cpu_gamma(N);
+      BitWeight g = w.g;
+      cpu::BitWeight c = w.c;
+      g.data = packed.p, g.gamma = gamma.p;
+      c.data = cpu_packed.data(), c.gamma = cpu_gamma.data();
+      for (int part = 0; part < 3; part++, first += s[part - 1]) {
+        if (s[part] == 0) continue;
+        size_t at = (size_t)first * K, size = (size_t)s[part] * K;
+        cpu::weight_pack(&c, part, w.master.data() + at);
+        if (variant % 2) {
+          std::vector<int8_t> codes((size_t)N * K);
+          cpu::bitweight_codes(codes.data(), &w.c);
+          Dev<int8_t> gcodes(std::vector<int8_t>(codes.begin() + (long)at, codes.begin() + (long)(at + size)));
+          weight_pack_codes(&g, part, gcodes.p, w.cgamma[(size_t)first]);
+        } else {
+          weight_pack(&g, part, w.gmaster.p + at);
+        }
+      }
+      Dev<int8_t> codes(n);
+      bitweight_codes(codes.p, &g);
+      std::vector<int8_t> want(n);
+      cpu::bitweight_codes(want.data(), &c);
+      CHECK(codes.out() == want, "codes differ at %d+%d+%d x %d", s[0], s[1], s[2], K);
+      CHECK(gamma.out() == cpu_gamma, "gamma differs at %d+%d+%d x %d", s[0], s[1], s[2], K);
+      for (int R : rows) {
+        Floats x = activations((size_t)R * K, 1), residual = activations((size_t)R * N, 1), y((size_t)R * N);
+        Act gx(x), gres(residual), out((size_t)R * N);
+        GpuQ gq((size_t)R, (size_t)K, 1, 8);
+        CpuQ cq((size_t)R, (size_t)K, 1, 8);
+        reserve_scratch((size_t)R, N, (size_t)K);
+        act_quant_forward(&gq.q, gx.p, R, K);
+        cpu::act_quant_forward(&cq.q, x.data(), R, K);
+        bitlinear_forward(out.p, &gq.q, &g, gres.p, R);
+        cpu::bitlinear_forward(y.data(), &cq.q, &c, residual.data(), R);
+        Act rounded_want(y);
+        CHECK(out.same_bits(rounded_want), "packed product differs: R %d N %zu K %d variant %d", R, N, K, variant);
+      }
+      operand_bytes = kept[0], sums_bytes = kept[1];
+    }
+  }
+}
+
 static void test_bitlinear_backward(void) {
   const int shapes[][5] = {{5, 40, 0, 0, 48}, {70, 17, 9, 6, 37}, {40, 16, 16, 0, 136}};
   for (const int *s : shapes) {
@@ -486,6 +544,68 @@ static void test_linear(void) {
       close_act("dx", dx.out(), want_dx, PRODUCT, 2e-5);
       close_act("dw", gdw.out(), want_dw, PRODUCT, 2e-5);
       operand_bytes = kept;
+    }
+  }
+}
+
+// Embedding, logits and the largest logit of a model that only runs; tables in both formats.
+static void test_head(void) {
+  const int shapes[][3] = {{1, 70, 40}, {17, 300, 64}, {70, 133, 37}};   // R, V, C
+  for (const int *s : shapes) {
+    for (int variant = 0; variant < 4; variant++) {
+      int R = s[0], V = s[1], C = s[2], half = variant % 2, precision = variant / 2;
+      Floats x = activations((size_t)R * C, 1), w = randoms((size_t)V * C, 0.1f), want((size_t)R * V), want_rows((size_t)R * C);
+      if (half) for (float &v : w) v = to_float(__float2bfloat16(v));
+      for (int c = 0; c < C; c++) w[(size_t)(V - 1) * C + c] = w[(size_t)(V / 2) * C + c];   // two equal logits in every row
+      Ints tokens = integers((size_t)R, V);
+      Act gx(x), logits((size_t)R * V), rows((size_t)R * C);
+      Dev<float> gw(w);
+      Dev<int> gt(tokens), best((size_t)R);
+      Dev<char> table(head_table_bytes(V, C, half));
+      std::vector<char> memory(cpu::head_table_bytes(V, C, half));
+      Head h = {V, C, half, precision, table.p, NULL};
+      cpu::Head ch = {V, C, half, precision, memory.data(), NULL};
+      reserve_scratch((size_t)R, (size_t)V, (size_t)C);
+      for (int v = 0; v < V; v += 50) {
+        int n = V - v < 50 ? V - v : 50;
+        head_rows(&h, gw.p + (size_t)v * C, v, n);
+        cpu::head_rows(&ch, w.data() + (size_t)v * C, v, n);
+      }
+      head_embedding(rows.p, gt.p, &h, R);
+      cpu::head_embedding(want_rows.data(), tokens.data(), &ch, R);
+      Act rounded_rows(want_rows);
+      CHECK(rows.same_bits(rounded_rows), "embeddings differ");
+      head_forward(logits.p, gx.p, &h, R);
+      cpu::head_forward(want.data(), x.data(), &ch, R);
+      close_act("logits", logits.out(), want, PRODUCT, 2e-5);
+      Dev<char> scratch(head_scratch_bytes(V, C));
+      ops_set_scratch(scratch.p, scratch.n);
+      head_argmax(best.p, gx.p, &h, R, V);
+      Floats z = logits.out();
+      Ints got = best.out();
+      for (int r = 0; r < R; r++) {
+        int top = 0;
+        for (int v = 1; v < V; v++) top = z[(size_t)r * V + v] > z[(size_t)r * V + top] ? v : top;
+        CHECK(got[(size_t)r] == top, "row %d of %d: token %d, the largest logit has %d", r, R, got[(size_t)r], top);
+      }
+    }
+  }
+  // What comparisons of floats do at their edges; V = 10 of 16 columns, the others would win.
+  const float inf = INFINITY, nan = NAN;
+  const struct { float z[10]; int best; } edges[] = {
+      {{-3, -1, -2, -1, -5, -9, -9, -9, -9, -9}, 1}, {{-0.0f, 0, 0, -0.0f, -1, -1, -1, -1, -1, -1}, 0},
+      {{-inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf}, 0}, {{-inf, nan, -inf, -1e30f, nan, 0, 0, 0, 0, nan}, 5},
+      {{nan, 5, inf, 5, 5, 5, 5, 5, 5, 5}, 0}, {{1, nan, inf, nan, inf, 5, 5, 5, 5, 5}, 2}, {{0, 0, 0, 0, 0, 0, 0, 0, 0, 1e-30f}, 9}};
+  for (const auto &e : edges) {
+    for (int columns = 15; columns <= 16; columns++) {
+      Floats z(2 * 16, inf);
+      for (int r = 0; r < 2; r++) std::copy(e.z, e.z + 10, z.begin() + (long)r * columns);
+      Act gz(z);
+      Dev<int> best(2);
+      bool wide = columns == 16;
+      LAUNCH_WIDTH(wide, argmax_kernel, 2, 32, 0, best.p, gz.p, columns, 10);
+      Ints got = best.out();
+      CHECK(got[0] == e.best && got[1] == e.best, "tokens %d and %d, expected %d", got[0], got[1], e.best);
     }
   }
 }
@@ -848,8 +968,10 @@ static const Test TESTS[] = {
     {"norm_quant", "norm and codes in one pass", test_norm_quant},
     {"weight_quantize", "codes, gamma of the parts, mixes, NaN", test_weight_quantize},
     {"bitlinear_forward", "integers equal; mixes; float activations; bias, residual", test_bitlinear_forward},
+    {"packed_weights", "2-bit weights: codes, scales, products", test_packed},
     {"bitlinear_backward", "dx, dw, dbias; conversion in pieces", test_bitlinear_backward},
     {"linear", "the classifier, both ways, in pieces", test_linear},
+    {"head", "tables of a model that only runs; the largest logit", test_head},
     {"rope", "there and back", test_rope},
     {"attention", "forward, backward; GQA, documents, three head sizes", test_attention},
     {"attention_cached", "against the CPU, and the bits of training", test_attention_cached},
