@@ -69,6 +69,7 @@ headers:
 #
 #   ARCH=sm_90       the GPU to build for; without it: the one in this machine, or sm_80 and newer where there is none
 #   NVCC=            the compiler                    CUBLAS=DIR        a directory with include/cublasLt.h and lib/
+#   FP32=1           fp32 activations, for exact comparisons: precision=fp32 needs it
 
 NVCC   ?= $(or $(shell command -v nvcc),$(lastword $(wildcard /usr/local/cuda*/bin/nvcc)))
 PYTHON ?= python3
@@ -82,7 +83,7 @@ CUBLAS_ROOT = $(patsubst %/include/cublasLt.h,%,$(firstword $(wildcard $(addsuff
 CUBLAS_SO   = $(firstword $(wildcard $(foreach d,lib64 lib lib/x86_64-linux-gnu lib/aarch64-linux-gnu,\
               $(CUBLAS_ROOT)/$(d)/libcublasLt.so $(CUBLAS_ROOT)/$(d)/libcublasLt.so.1?)))
 
-CUDA_FLAGS = -std=c++17 -O3 -arch=$(ARCH) -I. -I$(CUBLAS_ROOT)/include -DBITNET_COMMIT='"$(COMMIT)"' \
+CUDA_FLAGS = $(if $(FP32),-DBITNET_FLOATX_F32) -std=c++17 -O3 -arch=$(ARCH) -I. -I$(CUBLAS_ROOT)/include -DBITNET_COMMIT='"$(COMMIT)"' \
              $(if $(WERROR),-Werror all-warnings) -Xcompiler -Wall$(comma)-Wextra$(if $(WERROR),$(comma)-Werror)
 CUDA_LIBS  = -Xlinker $(CUBLAS_SO) -Xlinker -rpath$(comma)$(dir $(CUBLAS_SO))
 CUDA_SOURCE = train_bitnet.cu attention.cuh $(HEADERS)

@@ -172,6 +172,53 @@ void dev_copy_out(void *dst, const void *src, size_t bytes) {
   CUDA_CHECK(cudaStreamSynchronize(gpu_.stream));
 }
 
+int ops_honours_precision(int precision) {
+  return precision != PRECISION_FP32 || sizeof(floatX) == sizeof(float);
+}
+
+size_t ops_logits_bytes(void) {
+  return (size_t)512 << 20;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+/*
+Graphs. A decoding step is some hundred kernels of a few microseconds each, and starting one costs about as much; a graph is recorded
+once and started by one call. Kernels keep the arguments that they were recorded with, among them pointers into the scratch memory:
+when that moves, graph_version_ tells. A graph is recorded at its second use: the first loads the kernels, and most stretches that run
+once (a prompt) never come back.
+*/
+static int graph_version_;
+
+int dev_graph_begin(Graph *g) {
+  if (g->recorded && g->version == graph_version_) {
+    CUDA_CHECK(cudaGraphLaunch((cudaGraphExec_t)g->recorded, gpu_.stream));
+    return 0;
+  }
+  if (g->recorded) {
+    dev_graph_free(g);
+    g->calls = 1;   // so that it is recorded again at once
+  }
+  if (g->calls++ > 0) CUDA_CHECK(cudaStreamBeginCapture(gpu_.stream, cudaStreamCaptureModeThreadLocal));
+  return 1;
+}
+
+void dev_graph_end(Graph *g) {
+  cudaGraph_t graph;
+  cudaGraphExec_t recorded;
+  if (g->calls < 2) return;
+  CUDA_CHECK(cudaStreamEndCapture(gpu_.stream, &graph));
+  CUDA_CHECK(cudaGraphInstantiate(&recorded, graph, 0));
+  CUDA_CHECK(cudaGraphDestroy(graph));
+  CUDA_CHECK(cudaGraphLaunch(recorded, gpu_.stream));
+  g->recorded = recorded;
+  g->version = graph_version_;
+}
+
+void dev_graph_free(Graph *g) {
+  if (g->recorded) CUDA_CHECK(cudaGraphExecDestroy((cudaGraphExec_t)g->recorded));
+  memset(g, 0, sizeof *g);
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // Single values, and loads of several at once.
 
@@ -383,6 +430,7 @@ size_t ops_scratch_bytes(size_t R, size_t N, size_t K) {
 void ops_set_scratch(void *scratch, size_t bytes) {
   scratch_.data = (char *)scratch;
   scratch_.bytes = bytes;
+  graph_version_++;
 }
 
 // An op that needs scratch calls scratch_start once, then takes pieces.
@@ -1999,12 +2047,24 @@ void cross_entropy_backward(floatX *logits, const float *lse, const int *targets
 // ---------------------------------------------------------------------------------------------------------
 // The optimizer.
 
+// Whether value i decays: the last segment that starts at or before i says it.
+__device__ inline bool decays_at(const Segment *segments, int count, size_t i) {
+  int low = 0, high = count;   // segments[low].first <= i, segments[high].first > i
+  while (high - low > 1) {
+    int mid = (low + high) / 2;
+    if (segments[mid].first <= i) low = mid;
+    else high = mid;
+  }
+  return count == 0 || segments[low].decays;
+}
+
+// All tensors of an arena in one launch.
 template <int W>
-__global__ void adamw_kernel(float *p, float *m, float *v, const float *g, size_t n, float gscale, float lr, float beta1,
-                             float beta2, float eps, float keep,
-                             float correct1, float correct2) {
+__global__ void adamw_kernel(float *p, float *m, float *v, const float *g, size_t n, const Segment *segments, int count, float gscale,
+                             float lr, float beta1, float beta2, float eps, float wd, float correct1, float correct2) {
   size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
   if (i >= n) return;
+  float keep = decays_at(segments, count, i) ? 1.0f - lr * wd : 1.0f;
   float pi[W], mi[W], vi[W], gi[W];
   load<W>(pi, p + i);
   load<W>(mi, m + i);
@@ -2021,12 +2081,12 @@ __global__ void adamw_kernel(float *p, float *m, float *v, const float *g, size_
   store<W>(v + i, vi);
 }
 
-void adamw_update(float *p, float *m, float *v, const float *g, size_t n, float gscale, float lr, float beta1, float beta2,
-                  float eps, float wd, int t) {
+void adamw_update(float *p, float *m, float *v, const float *g, size_t n, const Segment *segments, int count, float gscale, float lr,
+                  float beta1, float beta2, float eps, float wd, int t) {
   float correct1 = (float)(1.0 / (1.0 - pow((double)beta1, t))), correct2 = (float)(1.0 / (1.0 - pow((double)beta2, t)));
   bool wide = n % 8 == 0 && aligned16(p) && aligned16(m) && aligned16(v) && aligned16(g);
-  LAUNCH_WIDTH(wide, adamw_kernel, blocks_for(wide ? n / 8 : n, 256), 256, 0, p, m, v, g, n, gscale, lr, beta1, beta2, eps,
-               1.0f - lr * wd, correct1, correct2);
+  LAUNCH_WIDTH(wide, adamw_kernel, blocks_for(wide ? n / 8 : n, 256), 256, 0, p, m, v, g, n, segments, count, gscale, lr, beta1, beta2,
+               eps, wd, correct1, correct2);
 }
 
 // ---------------------------------------------------------------------------------------------------------

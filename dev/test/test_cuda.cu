@@ -788,12 +788,80 @@ static void test_optimizer(void) {
     sum_squares(norm.p, gg.p, n);
     cpu::sum_squares(&want_norm, g.data(), n);
     CHECK(fabs(norm.out()[0] - want_norm) <= 1e-12 * want_norm, "sum of squares %.15g, expected %.15g", norm.out()[0], want_norm);
-    adamw_update(gp.p, gm.p, gv.p, gg.p, n, 0.7f, 1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 3);
-    cpu::adamw_update(p.data(), m.data(), v.data(), g.data(), n, 0.7f, 1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 3);
-    close_f32("p", gp.out(), p);
-    close_f32("m", gm.out(), m);
-    close_f32("v", gv.out(), v);
+    Floats before = p;
+    std::vector<Segment> segments;
+    std::vector<cpu::Segment> cpu_segments;   // every second one decays; sizes 8, 16, 24, ...
+    for (size_t first = 0, k = 1; first < n; first += 8 * k++) {
+      segments.push_back({first, (int)(k % 2)});
+      cpu_segments.push_back({first, (int)(k % 2)});
+    }
+    Dev<Segment> gs(segments);
+    for (int t = 3; t < 5; t++) {   // once without segments
+      int count = t == 3 ? (int)segments.size() : 0;
+      adamw_update(gp.p, gm.p, gv.p, gg.p, n, gs.p, count, 0.7f, 1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, t);
+      cpu::adamw_update(p.data(), m.data(), v.data(), g.data(), n, cpu_segments.data(), count, 0.7f, 1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f,
+                        t);
+      close_f32("p", gp.out(), p);
+      close_f32("m", gm.out(), m);
+      close_f32("v", gv.out(), v);
+    }
   }
+  // Where the gradient is 0 what is left is decay.
+  const size_t n = 100;
+  Dev<float> p(Floats(n, 1.0f)), m(n), v(n), g(n);
+  Dev<Segment> segments(std::vector<Segment>({{0, 0}, {24, 1}, {40, 0}, {88, 1}}));
+  adamw_update(p.p, m.p, v.p, g.p, n, segments.p, 4, 1, 0.5f, 0.9f, 0.95f, 1e-8f, 0.5f, 1);
+  Floats got = p.out();
+  for (size_t i = 0; i < n; i++) CHECK(got[i] == ((i >= 24 && i < 40) || i >= 88 ? 0.75f : 1.0f), "p[%zu] = %g", i, got[i]);
+}
+
+/*
+A recorded stretch does with new contents of memory what its ops do, also when the scratch memory has moved in between. The old scratch
+memory is freed, so a graph that still used it would be noticed.
+*/
+static void test_graph(void) {
+  const int R = 3, C = 40, N = 24;
+  Weight w(N, 0, 0, C, PRECISION_BF16, false);
+  w.quantize(1);
+  Act x((size_t)R * C), copy((size_t)R * C), plain((size_t)R * N), replayed((size_t)R * N);
+  GpuQ q((size_t)R, (size_t)C, 1, 8);
+  Dev<float> sum((size_t)N);
+  Graph graph = {NULL, 0, 0};
+  void *scratch = NULL;
+  int recorded = 0;
+  for (int run = 0; run < 8; run++) {
+    if (run % 4 == 0) {
+      dev_free(scratch);
+      scratch = dev_malloc(ops_scratch_bytes((size_t)R, (size_t)N, (size_t)C));
+      ops_set_scratch(scratch, ops_scratch_bytes((size_t)R, (size_t)N, (size_t)C));
+    }
+    Floats in = activations((size_t)R * C, 1), want((size_t)N), start = randoms((size_t)N, 1);
+    dev_floatx_in(x.p, in.data(), in.size());
+    dev_copy_in(sum.p, start.data(), start.size() * sizeof(float));
+    if (dev_graph_begin(&graph)) {
+      dev_copy(copy.p, x.p, (size_t)R * C * sizeof(floatX));
+      act_quant_forward(&q.q, copy.p, R, C);
+      bitlinear_forward(replayed.p, &q.q, &w.g, NULL, R);
+      add_column_sums(sum.p, replayed.p, R, N);   // needs scratch
+      dev_graph_end(&graph);
+    } else {
+      recorded++;
+    }
+    act_quant_forward(&q.q, x.p, R, C);
+    bitlinear_forward(plain.p, &q.q, &w.g, NULL, R);
+    CHECK(plain.same_bits(replayed), "run %d: other bits than the same ops alone", run);
+    Floats y = plain.out();
+    for (int n = 0; n < N; n++) {
+      want[(size_t)n] = start[(size_t)n];
+      float column = 0;
+      for (int r = 0; r < R; r++) column += y[(size_t)r * N + n];
+      want[(size_t)n] += column;
+    }
+    close_f32("sum", sum.out(), want);
+  }
+  CHECK(recorded == 5, "%d of 8 runs were replayed, expected 5: not the first two, and not the one after the move", recorded);
+  dev_graph_free(&graph);
+  dev_free(scratch);
 }
 
 /*
@@ -914,6 +982,12 @@ __global__ void lonely_shuffle_kernel(int *out) {
   if (threadIdx.x < 16) out[threadIdx.x] = __shfl_xor_sync(FULL, 1, 1);
 }
 
+static void run_copy_while_recording(void *arg) {
+  float x = 0;
+  Graph g = {NULL, 1, 0};
+  if (dev_graph_begin(&g)) dev_copy_in(arg, &x, sizeof x);
+}
+
 static void run_divergent(void *arg) {
   (void)arg;
   LAUNCH(divergent_kernel, 1, 64, 0, 63);
@@ -952,6 +1026,8 @@ static void test_emulator(void) {
   emu_order = kept;
   CHECK(run_child(run_divergent, NULL, err, sizeof err) != 0 && strstr(err, "deadlock"), "a barrier that one thread misses: %s", err);
   CHECK(run_child(run_lonely_shuffle, out.p, err, sizeof err) != 0 && strstr(err, "deadlock"), "a shuffle of half a warp: %s", err);
+  CHECK(run_child(run_copy_while_recording, f.p, err, sizeof err) != 0 && strstr(err, "inside a recording"), "a copy in a graph: %s",
+        err);
   CHECK(run_child(run_too_much_shared, f.p, err, sizeof err) != 0 && strstr(err, "shared memory"), "60 KB of shared memory: %s", err);
 }
 #endif
@@ -978,6 +1054,7 @@ static const Test TESTS[] = {
     {"glu", "both gates, with and without norm", test_glu},
     {"cross_entropy", "losses, gradients, ignored rows", test_cross_entropy},
     {"optimizer", "sum of squares, AdamW", test_optimizer},
+    {"graph", "recorded ops, new contents, moved scratch", test_graph},
     {"rows_alone", "a row's bits do not depend on the rows beside it", test_rows_alone},
     {"packed_documents", "attention of a document does not notice its neighbours", test_packed_documents},
     {"repeatable", "the same bits twice", test_repeatable},
