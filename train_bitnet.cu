@@ -2113,6 +2113,7 @@ __global__ void read_kernel(uint32_t *out, const uint4 *in, size_t words) {
 void dev_read(const void *p, size_t bytes) {
   unsigned blocks = (unsigned)gpu_.prop.multiProcessorCount * 8;
   LAUNCH(read_kernel, blocks, 256, 0, (uint32_t *)gpu_.sums, (const uint4 *)p, bytes / 16);
+  CUDA_CHECK(cudaStreamSynchronize(gpu_.stream));
 }
 
 // The best of several runs of n x n x n products, operations a second; 0 if the library has none or there is no memory.
@@ -2152,7 +2153,6 @@ void dev_peaks(Peaks *p) {
     CUDA_CHECK(cudaStreamSynchronize(gpu_.stream));
     double t0 = time_now();
     dev_read(memory, bytes);
-    CUDA_CHECK(cudaStreamSynchronize(gpu_.stream));
     double rate = (double)bytes / (time_now() - t0);
     if (run > 0 && rate > p->read) p->read = rate;
   }

@@ -95,7 +95,7 @@ void dev_zero(void *dst, size_t bytes);
 void dev_copy(void *dst, const void *src, size_t bytes);       // device -> device, no overlap
 void dev_copy_in(void *dst, const void *src, size_t bytes);    // host -> device
 void dev_copy_out(void *dst, const void *src, size_t bytes);   // device -> host; waits for all work before it
-// Reads all of this memory once, as fast as it can be read: the yardstick of decoding.
+// Reads all of this memory once, as fast as it can be read, and returns when it is done: the yardstick of decoding.
 void dev_read(const void *p, size_t bytes);
 // floatX on the device <-> float on the host, n elements. For tests, dumps and the sampler.
 void dev_floatx_in(floatX *dst, const float *src, size_t n);
