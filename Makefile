@@ -69,6 +69,7 @@ headers:
 #
 #   ARCH=sm_90       the GPU to build for; without it: the one in this machine, or sm_80 and newer where there is none
 #   NVCC=            the compiler                    CUBLAS=DIR        a directory with include/cublasLt.h and lib/
+#   FP32=1           fp32 activations, for exact comparisons: precision=fp32 needs it
 
 NVCC   ?= $(or $(shell command -v nvcc),$(lastword $(wildcard /usr/local/cuda*/bin/nvcc)))
 PYTHON ?= python3
@@ -82,7 +83,7 @@ CUBLAS_ROOT = $(patsubst %/include/cublasLt.h,%,$(firstword $(wildcard $(addsuff
 CUBLAS_SO   = $(firstword $(wildcard $(foreach d,lib64 lib lib/x86_64-linux-gnu lib/aarch64-linux-gnu,\
               $(CUBLAS_ROOT)/$(d)/libcublasLt.so $(CUBLAS_ROOT)/$(d)/libcublasLt.so.1?)))
 
-CUDA_FLAGS = -std=c++17 -O3 -arch=$(ARCH) -I. -I$(CUBLAS_ROOT)/include -DBITNET_COMMIT='"$(COMMIT)"' \
+CUDA_FLAGS = $(if $(FP32),-DBITNET_FLOATX_F32) -std=c++17 -O3 -arch=$(ARCH) -I. -I$(CUBLAS_ROOT)/include -DBITNET_COMMIT='"$(COMMIT)"' \
              $(if $(WERROR),-Werror all-warnings) -Xcompiler -Wall$(comma)-Wextra$(if $(WERROR),$(comma)-Werror)
 CUDA_LIBS  = -Xlinker $(CUBLAS_SO) -Xlinker -rpath$(comma)$(dir $(CUBLAS_SO))
 CUDA_SOURCE = train_bitnet.cu attention.cuh $(HEADERS)
@@ -97,7 +98,7 @@ define NVCC_BUILD
 	$(NVCC) $(CUDA_FLAGS)
 endef
 
-.PHONY: testcu testemu compilecu
+.PHONY: testcu testemu benchcu compilecu
 
 train_bitnetcu: $(CUDA_SOURCE)
 	$(NVCC_BUILD) -o $@ train_bitnet.cu $(CUDA_LIBS)
@@ -118,10 +119,22 @@ testcu: train_bitnetcu test_cuda_bf16 test_cuda_f32 test_bitnetcu
 	./test_cuda_bf16
 	./test_bitnetcu
 
+# The main kernels in numbered versions, each checked against plain loops; on a GPU also time and share of its peak.
+KERNELS    = rmsnorm_quant ternary_product attention_forward
+BENCH_CUDA = $(addprefix bench_cuda_,$(KERNELS))
+
+$(BENCH_CUDA): bench_cuda_%: dev/cuda/%.cu dev/cuda/versions.cuh $(CUDA_SOURCE)
+	$(NVCC_BUILD) -o $@ $< $(CUDA_LIBS)
+
+benchcu: $(BENCH_CUDA)
+	for k in $(BENCH_CUDA); do ./$$k || exit 1; done
+
 # Compile and link for both generations, no GPU needed.
+COMPILED_CUDA = train_bitnetcu test_cuda_bf16 test_cuda_f32 test_bitnetcu $(BENCH_CUDA)
+
 compilecu:
-	$(MAKE) -B ARCH=sm_80 WERROR=1 train_bitnetcu test_cuda_bf16 test_cuda_f32 test_bitnetcu
-	$(MAKE) -B ARCH=sm_90 WERROR=1 train_bitnetcu test_cuda_bf16 test_cuda_f32 test_bitnetcu
+	$(MAKE) -B ARCH=sm_80 WERROR=1 $(COMPILED_CUDA)
+	$(MAKE) -B ARCH=sm_90 WERROR=1 $(COMPILED_CUDA)
 
 # ---------------------------------------------------------------------------------------------------------
 # The same under dev/cuda_emu.h. No contraction to fused multiply-adds, and no type-based aliasing: kernels read memory as wide words.
@@ -134,21 +147,31 @@ EMU_TESTS = emu_ops_bf16 emu_ops_f32 emu_asan_bf16 emu_asan_f32
 $(EMU_TESTS): dev/test/test_cuda.cu dev/test/check.h dev/cuda_emu.h cpu_ops.o $(CUDA_SOURCE)
 	$(EMU_BUILD) $(EMU_FLOATX) $(if $(findstring asan,$@),$(EMU_ASAN)) -o $@ dev/test/test_cuda.cu -x none cpu_ops.o $(OMP) -lm
 
-emu_bitnet_f32: $(TESTS) dev/cuda_emu.h $(CUDA_SOURCE)
-	$(EMU_BUILD) -DBITNET_FLOATX_F32 -o $@ test_bitnet.c -lm
+emu_bitnet_f32 emu_bitnet_bf16: $(TESTS) dev/cuda_emu.h $(CUDA_SOURCE)
+	$(EMU_BUILD) $(EMU_FLOATX) -o $@ test_bitnet.c -lm
 
 emu_train_f32: dev/cuda_emu.h $(CUDA_SOURCE)
 	$(EMU_BUILD) -DBITNET_FLOATX_F32 -o $@ train_bitnet.cu -lm
 
-testemu: $(EMU_TESTS) emu_bitnet_f32 emu_train_f32 train_bitnet
+EMU_CUDA = $(addprefix emu_cuda_,$(KERNELS))
+
+$(EMU_CUDA): emu_cuda_%: dev/cuda/%.cu dev/cuda/versions.cuh dev/cuda_emu.h $(CUDA_SOURCE)
+	$(EMU_BUILD) -o $@ $< -lm
+
+# The whole table holds for fp32 activations; of the equalities of inference, which hold in any format, bf16 runs these.
+EMU_BF16_TABLE = packed_weights packed_codes packed_threads screen frozen
+
+testemu: $(EMU_TESTS) $(EMU_CUDA) emu_bitnet_f32 emu_bitnet_bf16 emu_train_f32 train_bitnet
+	for k in $(EMU_CUDA); do for order in 0 1; do EMU_ORDER=$$order ./$$k || exit 1; done; done
 	for t in $(EMU_TESTS); do for order in 0 1; do echo "$$t, order $$order"; EMU_ORDER=$$order ./$$t || exit 1; done; done
 	BITNET_BINARY=./emu_train_f32 ./emu_bitnet_f32
+	for t in $(EMU_BF16_TABLE); do ./emu_bitnet_bf16 $$t || exit 1; done
 	dev/test/same_curve.sh ./train_bitnet ./emu_train_f32
 
 # ---------------------------------------------------------------------------------------------------------
 clean:
 	rm -f train_bitnet test_bitnet test_float64 train_bitnet_asan test_bitnet_asan train_bitnetcu test_bitnetcu \
-	  test_cuda_bf16 test_cuda_f32 cpu_ops.o $(EMU_TESTS) emu_bitnet_f32 emu_train_f32
+	  test_cuda_bf16 test_cuda_f32 cpu_ops.o $(BENCH_CUDA) $(EMU_CUDA) $(EMU_TESTS) emu_bitnet_f32 emu_bitnet_bf16 emu_train_f32
 
 help:
 	@echo "make train_bitnet   the program (CPU)"
@@ -157,6 +180,7 @@ help:
 	@echo "make headers        check that the shared headers compile as C11 and C++17"
 	@echo "make train_bitnetcu the program for the GPU (ARCH=sm_90 NVCC= CUBLAS=)"
 	@echo "make testcu         all tests on the GPU"
+	@echo "make benchcu        the main kernels in numbered versions, timed on the GPU"
 	@echo "make testemu        the tests of the CUDA code on the CPU, without a GPU or CUDA"
 	@echo "make compilecu      compile and link the CUDA code for sm_80 and sm_90"
 	@echo "make clean          remove what was built"

@@ -668,7 +668,9 @@ static void flash_forward(bf16 *out, float *lse, const bf16 *qkv, const int *sta
          qkv, start, T, NH, NKV);
 }
 
-void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *start, int B, int T, int NH, int NKV, int HS) {
+void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *start, int B, int T, int NH, int NKV, int HS,
+                       int precision) {
+  (void)precision;   // of this program: floatX decides
   if (flash_head(HS) == 64) return flash_forward<64>((bf16 *)out, lse, (const bf16 *)qkv, start, B, T, NH, NKV);
   if (flash_head(HS) == 128) return flash_forward<128>((bf16 *)out, lse, (const bf16 *)qkv, start, B, T, NH, NKV);
   size_t n = (size_t)B * T * NH, shared = (size_t)ATT_WARPS * (2 * HS + WARP) * sizeof(float);
@@ -690,7 +692,8 @@ static void flash_backward(bf16 *dqkv, const bf16 *dout, const float *lse, const
 }
 
 void attention_backward(floatX *dqkv, const floatX *dout, const floatX *out, const float *lse, const floatX *qkv, const int *start,
-                        int B, int T, int NH, int NKV, int HS) {
+                        int B, int T, int NH, int NKV, int HS, int precision) {
+  (void)precision;
   size_t queries = (size_t)B * T * NH, keys = (size_t)B * T * NKV;
   LAUNCH(attention_dots_kernel<floatX>, blocks_for(queries, ATT_WARPS), ATT_THREADS, 0, dqkv, dout, out, queries, NH, NKV, HS);
   if (flash_head(HS) == 64) return flash_backward<64>((bf16 *)dqkv, (const bf16 *)dout, lse, (const bf16 *)qkv, start, B, T, NH, NKV);
@@ -730,10 +733,20 @@ static void flash_cached(bf16 *out, const bf16 *kcache, const bf16 *vcache, cons
          NKV);
 }
 
-void attention_cached(floatX *out, floatX *kcache, floatX *vcache, const floatX *qkv, const int *seq, const int *pos,
-                      int R, int capacity, int NH, int NKV, int HS) {
+size_t attention_scratch_bytes(int, int) {
+  return 0;
+}
+
+size_t kv_cache_bytes(int capacity, int NKV, int HS, int) {
+  return (size_t)capacity * NKV * HS * sizeof(floatX);
+}
+
+void attention_cached(floatX *out, void *kcache, void *vcache, const floatX *qkv, const int *seq, const int *pos,
+                      int R, int capacity, int NH, int NKV, int HS, int precision) {
   bool wide = HS % 8 == 0;
-  LAUNCH_WIDTH(wide, cache_store_kernel, (unsigned)R, row_threads(NKV * HS, wide), 0, kcache, vcache, qkv, seq, pos, capacity, NH,
+  floatX *keys = (floatX *)kcache, *values = (floatX *)vcache;
+  (void)precision;
+  LAUNCH_WIDTH(wide, cache_store_kernel, (unsigned)R, row_threads(NKV * HS, wide), 0, keys, values, qkv, seq, pos, capacity, NH,
                NKV, HS);
   bf16 *o = (bf16 *)out;
   const bf16 *kc = (const bf16 *)kcache, *vc = (const bf16 *)vcache, *x = (const bf16 *)qkv;
@@ -741,7 +754,7 @@ void attention_cached(floatX *out, floatX *kcache, floatX *vcache, const floatX 
   if (flash_head(HS) == 128) return flash_cached<128>(o, kc, vc, x, seq, pos, R, capacity, NH, NKV);
   size_t n = (size_t)R * NH, shared = (size_t)ATT_WARPS * (2 * HS + WARP) * sizeof(float);
   allow_shared(attention_cached_kernel, shared);
-  LAUNCH(attention_cached_kernel, blocks_for(n, ATT_WARPS), ATT_THREADS, shared, out, kcache, vcache, qkv, seq, pos, n, capacity,
+  LAUNCH(attention_cached_kernel, blocks_for(n, ATT_WARPS), ATT_THREADS, shared, out, keys, values, qkv, seq, pos, n, capacity,
          NH, NKV, HS);
 }
 

@@ -276,7 +276,7 @@ static inline float round_bf16(float x) {
 
 static void pack_a_f32(void *panel, const Product *g, size_t i0, size_t p0, size_t kc) {
   float *RESTRICT out = (float *)panel;
-  size_t rows = g->M - i0 < MR ? g->M - i0 : MR;
+  size_t rows = g->M - i0 < MR ? g->M - i0 : (size_t)MR;
   if (rows < MR) memset(out, 0, kc * MR * sizeof(float));
   for (size_t i = 0; i < rows; i++) {
     const float *a = g->A + (i0 + i) * g->a_row + p0 * g->a_col;
@@ -294,7 +294,7 @@ static void pack_a_f32(void *panel, const Product *g, size_t i0, size_t p0, size
 
 static void pack_b_f32(void *panel, const Product *g, size_t j0, size_t p0, size_t kc) {
   float *RESTRICT out = (float *)panel;
-  size_t cols = g->N - j0 < NR ? g->N - j0 : NR;
+  size_t cols = g->N - j0 < NR ? g->N - j0 : (size_t)NR;
   size_t first = p0 * g->b_row + j0 * g->b_col;
   if (cols < NR) memset(out, 0, kc * NR * sizeof(float));
   if (g->b_col == 1) {   // rows of B are contiguous: copy along them
@@ -630,14 +630,14 @@ static void gemm_by(const Kernel *k, const Product *g, void *scratch) {
   size_t threads = (size_t)thread_count(), panels = (g->M + k->mr - 1) / k->mr, blocks = (g->M + k->mc - 1) / k->mc;
   if (panels >= threads) blocks = (blocks + threads - 1) / threads * threads;
   if (blocks > panels) blocks = panels;
-  size_t kb_max = g->K < KB ? g->K : KB, nc_max = B_MAX / ((kb_max + 31) / 32 * 32) / NR_MAX * NR_MAX;
+  size_t kb_max = g->K < KB ? g->K : (size_t)KB, nc_max = B_MAX / ((kb_max + 31) / 32 * 32) / NR_MAX * NR_MAX;
   char *a_blocks = (char *)scratch, *b_block = a_blocks + threads * MC_MAX * KB * sizeof(float);
   for (size_t j0 = 0; j0 < g->N; j0 += nc_max) {
     size_t nc = g->N - j0 < nc_max ? g->N - j0 : nc_max, b_panels = (nc + k->nr - 1) / k->nr;
     size_t groups = panels >= 4 * threads ? 1 : (2 * threads + blocks - 1) / blocks;
     if (groups > b_panels) groups = b_panels;
     for (size_t kb0 = 0; kb0 < g->K; kb0 += KB) {
-      size_t kb = g->K - kb0 < KB ? g->K - kb0 : KB, pieces = (kb + k->kc - 1) / k->kc;
+      size_t kb = g->K - kb0 < KB ? g->K - kb0 : (size_t)KB, pieces = (kb + k->kc - 1) / k->kc;
       int last = kb0 + kb == g->K;
 #pragma omp parallel
       {
@@ -702,7 +702,8 @@ static size_t right_bytes(const Kernel *k, size_t K, size_t N) {
 
 // left (=) the matrix with elements x[i*row + p*col]; one of row and col is 1.
 static void pack_left(const Kernel *k, void *left, const float *x, size_t row, size_t col, size_t M, size_t K, int precision) {
-  Product g = {0};
+  Product g;
+  memset(&g, 0, sizeof g);
   g.M = M, g.K = K;
   g.A = x, g.a_row = row, g.a_col = col;
   g.precision = precision;
@@ -711,7 +712,8 @@ static void pack_left(const Kernel *k, void *left, const float *x, size_t row, s
 
 // right (=) the matrix with elements x[p*row + j*col]; one of row and col is 1.
 static void pack_right(const Kernel *k, void *right, const float *x, size_t row, size_t col, size_t K, size_t N, int precision) {
-  Product g = {0};
+  Product g;
+  memset(&g, 0, sizeof g);
   g.N = N, g.K = K;
   g.B = x, g.b_row = row, g.b_col = col;
   g.precision = precision;
@@ -788,7 +790,7 @@ static void ternary_pack_panels(uint8_t *panels, const int8_t *codes, size_t N, 
 #pragma omp parallel for schedule(static)
   for (size_t panel = 0; panel < n_panels; panel++) {
     uint8_t *out = panels + panel * groups * I8_WIDTH * 4;
-    size_t rows = N - panel * I8_WIDTH < I8_WIDTH ? N - panel * I8_WIDTH : I8_WIDTH;
+    size_t rows = N - panel * I8_WIDTH < I8_WIDTH ? N - panel * I8_WIDTH : (size_t)I8_WIDTH;
     const int8_t *in = codes + panel * I8_WIDTH * K;
 #ifdef BITNET_VNNI
     for (size_t k = 0; k < K; k += 64, out += 1024) {   // 16 rows of 16 words, transposed
@@ -816,7 +818,7 @@ static void ternary_pack_transposed(uint8_t *panels, const int8_t *codes, size_t
 #pragma omp parallel for schedule(static)
   for (size_t panel = 0; panel < n_panels; panel++) {
     uint8_t *out = panels + panel * groups * I8_WIDTH * 4;
-    size_t k0 = panel * I8_WIDTH, lanes = K - k0 < I8_WIDTH ? K - k0 : I8_WIDTH;
+    size_t k0 = panel * I8_WIDTH, lanes = K - k0 < I8_WIDTH ? K - k0 : (size_t)I8_WIDTH;
     memset(out, 0, groups * I8_WIDTH * 4);
     for (size_t g = 0; g < (N + 3) / 4; g++, out += I8_WIDTH * 4) {
       uint8_t rows[4][I8_WIDTH] = {{0}};

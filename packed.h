@@ -397,7 +397,7 @@ static void packed_i8(float *out, int32_t *exact, const int8_t *q, const float *
         int panels = p + apart < end ? 2 : 1;
         packed_rows(sums, x, stride, packed + p * bytes, apart * bytes, units, (int)M, panels);
         for (size_t i = 0; i < (size_t)panels; i++) {
-          size_t n0 = (p + i * apart) * I8_WIDTH, cols = N - n0 < I8_WIDTH ? N - n0 : I8_WIDTH;
+          size_t n0 = (p + i * apart) * I8_WIDTH, cols = N - n0 < I8_WIDTH ? N - n0 : (size_t)I8_WIDTH;
           __builtin_prefetch(gamma + n0 + I8_WIDTH);   // for the next panel
           for (size_t r = 0; r < M; r++) i8_store(&result, sums + (i * M + r) * I8_WIDTH, excess[r], r, n0, cols);
         }
@@ -691,7 +691,7 @@ static void screen_argmax(int *best, const Product *g, const Screen *s, size_t V
   int8_t *digits = (int8_t *)at;
   at += (2 * FEW_ROWS * stride + 63) / 64 * 64;
   for (size_t r0 = 0; r0 < g->M; r0 += FEW_ROWS) {
-    size_t rows = g->M - r0 < FEW_ROWS ? g->M - r0 : FEW_ROWS;
+    size_t rows = g->M - r0 < FEW_ROWS ? g->M - r0 : (size_t)FEW_ROWS;
     ScreenRow d[FEW_ROWS];
     int first[FEW_ROWS];
     float first_value[FEW_ROWS];
@@ -719,7 +719,7 @@ static void screen_argmax(int *best, const Product *g, const Screen *s, size_t V
           for (size_t p = pair; p < end && p <= pair + apart; p += apart) {
             float value[I8_WIDTH], *u = upper + (r * panels + p) * I8_WIDTH;
             size_t n0 = p * I8_WIDTH;
-            screen_bound(u, value, &d[r], panel, sums + (p - pair) / apart * 2 * I8_WIDTH, V - n0 < I8_WIDTH ? V - n0 : I8_WIDTH);
+            screen_bound(u, value, &d[r], panel, sums + (p - pair) / apart * 2 * I8_WIDTH, V - n0 < I8_WIDTH ? V - n0 : (size_t)I8_WIDTH);
             panel += apart * screen_panel_bytes(K);
             highest[r * panels + p] = largest16(u);
             float top = largest16(value);

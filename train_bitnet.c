@@ -242,6 +242,29 @@ size_t ops_scratch_bytes(size_t max_rows, size_t max_n, size_t max_k) {
   return chunks > most ? chunks : most;
 }
 
+int ops_honours_precision(int precision) {
+  (void)precision;
+  return 1;
+}
+
+size_t ops_logits_bytes(void) {
+  return (size_t)128 << 20;
+}
+
+// Starting an op costs a function call here, so there is nothing to record.
+int dev_graph_begin(Graph *g) {
+  (void)g;
+  return 1;
+}
+
+void dev_graph_end(Graph *g) {
+  (void)g;
+}
+
+void dev_graph_free(Graph *g) {
+  (void)g;
+}
+
 void ops_set_scratch(void *scratch, size_t bytes) {
   scratch_.data = (char *)scratch;
   scratch_.bytes = bytes;
@@ -1330,16 +1353,19 @@ Adam keeps a running mean m of the gradient and v of its square and divides one 
 about lr whatever the size of its gradients. Both start at zero, so early averages are too small; dividing by 1 - beta^t
 corrects that. The W in AdamW: decay shrinks the parameter directly instead of being added to the gradient.
 */
-void adamw_update(float *p, float *m, float *v, const float *g, size_t n, float gscale, float lr, float beta1, float beta2,
-                  float eps, float wd, int t) {
+void adamw_update(float *p, float *m, float *v, const float *g, size_t n, const Segment *segments, int count, float gscale, float lr,
+                  float beta1, float beta2, float eps, float wd, int t) {
   float correct1 = (float)(1.0 / (1.0 - pow((double)beta1, t))), correct2 = (float)(1.0 / (1.0 - pow((double)beta2, t)));
-  float keep = 1.0f - lr * wd;
+  for (int s = 0; s < (count > 0 ? count : 1); s++) {
+    size_t first = count > 0 ? segments[s].first : 0, end = s + 1 < count ? segments[s + 1].first : n;
+    float keep = count > 0 && !segments[s].decays ? 1.0f : 1.0f - lr * wd;
 #pragma omp parallel for simd schedule(static)
-  for (size_t i = 0; i < n; i++) {
-    float gi = g[i] * gscale;
-    float mi = m[i] = beta1 * m[i] + (1.0f - beta1) * gi;
-    float vi = v[i] = beta2 * v[i] + (1.0f - beta2) * gi * gi;
-    p[i] = p[i] * keep - lr * (mi * correct1) / (sqrtf(vi * correct2) + eps);
+    for (size_t i = first; i < end; i++) {
+      float gi = g[i] * gscale;
+      float mi = m[i] = beta1 * m[i] + (1.0f - beta1) * gi;
+      float vi = v[i] = beta2 * v[i] + (1.0f - beta2) * gi * gi;
+      p[i] = p[i] * keep - lr * (mi * correct1) / (sqrtf(vi * correct2) + eps);
+    }
   }
 }
 

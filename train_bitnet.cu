@@ -172,6 +172,53 @@ void dev_copy_out(void *dst, const void *src, size_t bytes) {
   CUDA_CHECK(cudaStreamSynchronize(gpu_.stream));
 }
 
+int ops_honours_precision(int precision) {
+  return precision != PRECISION_FP32 || sizeof(floatX) == sizeof(float);
+}
+
+size_t ops_logits_bytes(void) {
+  return (size_t)512 << 20;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+/*
+Graphs. A decoding step is some hundred kernels of a few microseconds each, and starting one costs about as much; a graph is recorded
+once and started by one call. Kernels keep the arguments that they were recorded with, among them pointers into the scratch memory:
+when that moves, graph_version_ tells. A graph is recorded at its second use: the first loads the kernels, and most stretches that run
+once (a prompt) never come back.
+*/
+static int graph_version_;
+
+int dev_graph_begin(Graph *g) {
+  if (g->recorded && g->version == graph_version_) {
+    CUDA_CHECK(cudaGraphLaunch((cudaGraphExec_t)g->recorded, gpu_.stream));
+    return 0;
+  }
+  if (g->recorded) {
+    dev_graph_free(g);
+    g->calls = 1;   // so that it is recorded again at once
+  }
+  if (g->calls++ > 0) CUDA_CHECK(cudaStreamBeginCapture(gpu_.stream, cudaStreamCaptureModeThreadLocal));
+  return 1;
+}
+
+void dev_graph_end(Graph *g) {
+  cudaGraph_t graph;
+  cudaGraphExec_t recorded;
+  if (g->calls < 2) return;
+  CUDA_CHECK(cudaStreamEndCapture(gpu_.stream, &graph));
+  CUDA_CHECK(cudaGraphInstantiate(&recorded, graph, 0));
+  CUDA_CHECK(cudaGraphDestroy(graph));
+  CUDA_CHECK(cudaGraphLaunch(recorded, gpu_.stream));
+  g->recorded = recorded;
+  g->version = graph_version_;
+}
+
+void dev_graph_free(Graph *g) {
+  if (g->recorded) CUDA_CHECK(cudaGraphExecDestroy((cudaGraphExec_t)g->recorded));
+  memset(g, 0, sizeof *g);
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // Single values, and loads of several at once.
 
@@ -279,6 +326,9 @@ struct Max {
   static __device__ float of(float a, float b) {
     return fmaxf(a, b);
   }
+  static __device__ unsigned long long of(unsigned long long a, unsigned long long b) {
+    return a > b ? a : b;
+  }
 };
 
 template <class Op, class T>
@@ -365,8 +415,15 @@ static size_t larger(size_t a, size_t b) {
   return a > b ? a : b;
 }
 
+// The whole batch at once: a GPU has no use for smaller pieces.
+int ops_row_block(void) {
+  return 1 << 30;
+}
+
 size_t ops_scratch_bytes(size_t R, size_t N, size_t K) {
-  size_t forward = smaller(R * N * sizeof(float), larger(sums_bytes, N * sizeof(float)));
+  size_t sums = smaller(R * N * sizeof(float), larger(sums_bytes, N * sizeof(float)));
+  size_t codes = smaller(N * K, larger(operand_bytes, 16 * K));
+  size_t forward = rounded(sums) + rounded(codes);
   size_t rows = smaller(R * (N + 2 * K) * sizeof(float), larger(operand_bytes, (N + 2 * K) * sizeof(float)));
   size_t weights = smaller(N * K * sizeof(float), larger(operand_bytes, K * sizeof(float)));
   size_t gains = smaller(R, MAX_CHUNKS) * 2 * K * sizeof(float), biases = smaller(R, BIAS_CHUNKS) * N * sizeof(float);
@@ -378,6 +435,7 @@ size_t ops_scratch_bytes(size_t R, size_t N, size_t K) {
 void ops_set_scratch(void *scratch, size_t bytes) {
   scratch_.data = (char *)scratch;
   scratch_.bytes = bytes;
+  graph_version_++;
 }
 
 // An op that needs scratch calls scratch_start once, then takes pieces.
@@ -476,7 +534,8 @@ __global__ void fold_sum_kernel(double *out, const double *partial, int chunks) 
   if (threadIdx.x == 0) *out = sum;
 }
 
-static int sum_chunks(size_t n) {
+// Into how many pieces the sum over n values is cut.
+__host__ __device__ inline int sum_chunks(size_t n) {
   size_t chunks = (n + SUM_SIZE - 1) / SUM_SIZE;
   return chunks < 1 ? 1 : chunks < SUM_CHUNKS ? (int)chunks : SUM_CHUNKS;
 }
@@ -490,10 +549,10 @@ void sum_squares(double *out, const float *x, size_t n) {
 // ---------------------------------------------------------------------------------------------------------
 // Embedding.
 
-template <int W>
-__global__ void embedding_forward_kernel(floatX *out, const int *tokens, const float *wte, int C) {
+template <int W, class T>
+__global__ void embedding_forward_kernel(floatX *out, const int *tokens, const T *wte, int C) {
   size_t r = blockIdx.x;
-  const float *row = wte + (size_t)tokens[r] * C;
+  const T *row = wte + (size_t)tokens[r] * C;
   for (int c = threadIdx.x * W; c < C; c += blockDim.x * W) {
     float v[W];
     load<W>(v, row + c);
@@ -501,9 +560,14 @@ __global__ void embedding_forward_kernel(floatX *out, const int *tokens, const f
   }
 }
 
+template <class T>
+static void embed(floatX *out, const int *tokens, const T *wte, int R, int C) {
+  if (C % 8 == 0) LAUNCH((embedding_forward_kernel<8, T>), (unsigned)R, row_threads(C, true), 0, out, tokens, wte, C);
+  else LAUNCH((embedding_forward_kernel<1, T>), (unsigned)R, row_threads(C, false), 0, out, tokens, wte, C);
+}
+
 void embedding_forward(floatX *out, const int *tokens, const float *wte, int R, int C) {
-  bool wide = C % 8 == 0;
-  LAUNCH_WIDTH(wide, embedding_forward_kernel, (unsigned)R, row_threads(C, wide), 0, out, tokens, wte, C);
+  embed(out, tokens, wte, R, C);
 }
 
 /*
@@ -861,6 +925,7 @@ BitLinear. What weight_quantize leaves in BitWeight.data:
                   codes [N,K] bf16      for the backward pass; exact
                   packed                2 bits a code, for our own integer kernel: see ternary_forward_kernel
     lambda < 1    values [N,K] floatX
+weight_pack leaves the 2-bit form only.
 */
 enum { TILE_N = 16, TILE_K = 128 };   // outputs and inputs of one packed tile: 128 words of 16 codes
 
@@ -880,7 +945,9 @@ static bf16 *weight_bf16_codes(const BitWeight *w) {
   return (bf16 *)((char *)w->data + rounded((size_t)w->N * w->K));
 }
 
+// The 2-bit form: behind the others, or all there is.
 static uint4 *weight_packed(const BitWeight *w) {
+  if (w->packed) return (uint4 *)w->data;
   return (uint4 *)((char *)weight_bf16_codes(w) + rounded((size_t)w->N * w->K * sizeof(bf16)));
 }
 
@@ -894,20 +961,40 @@ __host__ __device__ inline int part_start(const BitWeight &w, int part) {
   return part == 0 ? 0 : part == 1 ? w.parts[0] : w.parts[0] + w.parts[1];
 }
 
-// partial (=) [3, SUM_CHUNKS] sums of |w| of each part; blockIdx.y is the part.
+// partial (=) [3, SUM_CHUNKS] sums of |w| of each part; blockIdx.y is the part. A part is cut into pieces by its own size, so that its
+// gamma does not depend on what lies beside it.
 __global__ void weight_sums_kernel(double *partial, BitWeight w, const float *master) {
   int part = blockIdx.y;
   size_t n = (size_t)w.parts[part] * w.K;
-  double sum = chunk_sum(master + (size_t)part_start(w, part) * w.K, n, blockIdx.x, gridDim.x, false);
+  int chunks = sum_chunks(n);
+  if ((int)blockIdx.x >= chunks) return;
+  double sum = chunk_sum(master + (size_t)part_start(w, part) * w.K, n, blockIdx.x, chunks, false);
   if (threadIdx.x == 0) partial[part * SUM_CHUNKS + blockIdx.x] = sum;
 }
 
 // gamma[n] (=) of each part; a NaN among the weights stays visible.
-__global__ void weight_gamma_kernel(const double *partial, BitWeight w, int chunks) {
+__global__ void weight_gamma_kernel(const double *partial, BitWeight w) {
   int part = blockIdx.x, first = part_start(w, part);
-  float mean = (float)(fold_sum(partial + part * SUM_CHUNKS, chunks) / ((double)w.parts[part] * w.K));
+  size_t n = (size_t)w.parts[part] * w.K;
+  float mean = (float)(fold_sum(partial + part * SUM_CHUNKS, sum_chunks(n)) / (double)n);
   float gamma = mean == mean ? ternary_gamma(mean) : mean;
   for (int i = threadIdx.x; i < w.parts[part]; i += blockDim.x) w.gamma[first + i] = gamma;
+}
+
+/*
+Where the 2-bit codes of a tile of 16 outputs x 128 inputs lie. Word `step` of lane l holds 16 codes: field i of byte b, its bits
+8 b + 2 i and the next, is the code + 1 of the output and input below, counted within the tile. ternary_forward_kernel tells why.
+*/
+__host__ __device__ inline int field_output(int lane, int i) {
+  return lane / 4 + i % 2 * 8;
+}
+
+__host__ __device__ inline int field_input(int lane, int step, int i, int b) {
+  return step * 32 + i / 2 * 16 + lane % 4 * 4 + b;
+}
+
+__host__ __device__ inline size_t word_at(size_t tile, int lane, int step) {
+  return (tile * WARP + lane) * 4 + step;
 }
 
 // A block quantises a tile of 16 outputs x 128 inputs, one thread for each column; at lambda = 1 the tile meets in shared memory
@@ -934,32 +1021,126 @@ __global__ void __launch_bounds__(TILE_K) weight_codes_kernel(BitWeight w, int8_
   }
   if (!ternary) return;
   __syncthreads();
-  int lane = threadIdx.x % WARP, step = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+  int lane = threadIdx.x % WARP, step = threadIdx.x / WARP;
   uint32_t word = 0;
   for (int i = 0; i < 4; i++) {
     for (int b = 0; b < 4; b++) {
-      int code = tile[g + i % 2 * 8][step * 32 + i / 2 * 16 + t * 4 + b];
+      int code = tile[field_output(lane, i)][field_input(lane, step, i, b)];
       word |= (uint32_t)(code + 1) << (8 * b + 2 * i);
     }
   }
-  packed[(((size_t)blockIdx.y * gridDim.x + blockIdx.x) * WARP + lane) * 4 + step] = word;
+  packed[word_at((size_t)blockIdx.y * gridDim.x + blockIdx.x, lane, step)] = word;
+}
+
+// gamma of all parts from the master weights.
+static void weight_gammas(const BitWeight *w, const float *master) {
+  int parts = w->parts[2] > 0 ? 3 : w->parts[1] > 0 ? 2 : 1, most = 0;
+  for (int part = 0; part < parts; part++) most = w->parts[part] > most ? w->parts[part] : most;
+  unsigned chunks = (unsigned)sum_chunks((size_t)most * (size_t)w->K);
+  LAUNCH(weight_sums_kernel, dim3(chunks, (unsigned)parts), 256, 0, gpu_.sums, *w, master);
+  LAUNCH(weight_gamma_kernel, (unsigned)parts, 256, 0, gpu_.sums, *w);
 }
 
 void weight_quantize(BitWeight *w, const float *master, float lambda) {
-  int parts = w->parts[2] > 0 ? 3 : w->parts[1] > 0 ? 2 : 1;
-  int chunks = sum_chunks((size_t)w->N * (size_t)w->K / (size_t)parts);
   dim3 tiles(blocks_for((size_t)w->K, TILE_K), blocks_for((size_t)w->N, TILE_N));
   w->lambda = lambda;
-  LAUNCH(weight_sums_kernel, dim3((unsigned)chunks, (unsigned)parts), 256, 0, gpu_.sums, *w, master);
-  LAUNCH(weight_gamma_kernel, (unsigned)parts, 256, 0, gpu_.sums, *w, chunks);
+  w->packed = 0;
+  weight_gammas(w, master);
   int8_t *codes = weight_codes(w);
   bf16 *wide = weight_bf16_codes(w);
   uint32_t *packed = (uint32_t *)weight_packed(w);
   LAUNCH(weight_codes_kernel, tiles, TILE_K, 0, *w, codes, wide, packed, (floatX *)w->data, master);
 }
 
+size_t bitweight_packed_bytes(int N, int K) {
+  return packed_bytes(N, K);
+}
+
+__device__ inline int code_of(float master, float inverse_gamma) {
+  return ternary_code(master, inverse_gamma);
+}
+
+__device__ inline int code_of(int8_t code, float inverse_gamma) {
+  (void)inverse_gamma;
+  return code;
+}
+
+// Rows first .. first+rows-1 of packed from the values [rows,K] of one part; a block writes a tile, a thread a word. Parts may share
+// words: zeroed memory and one part at a time make "or" enough.
+template <class T>
+__global__ void __launch_bounds__(TILE_K)
+weight_pack_kernel(uint32_t *packed, const float *gamma, const T *values, int first, int rows, int K) {
+  int lane = threadIdx.x % WARP, step = threadIdx.x / WARP, tile_row = first / TILE_N + blockIdx.y;
+  float inverse = 1.0f / gamma[first];
+  uint32_t word = 0;
+  for (int i = 0; i < 4; i++) {
+    for (int b = 0; b < 4; b++) {
+      int n = tile_row * TILE_N + field_output(lane, i) - first, k = blockIdx.x * TILE_K + field_input(lane, step, i, b);
+      if (n >= 0 && n < rows && k < K) word |= (uint32_t)(code_of(values[(size_t)n * K + k], inverse) + 1) << (8 * b + 2 * i);
+    }
+  }
+  packed[word_at((size_t)tile_row * gridDim.x + blockIdx.x, lane, step)] |= word;
+}
+
+__global__ void fill_kernel(float *out, float value, int n) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) out[i] = value;
+}
+
+// Part `part` of w from values [parts[part],K], when its gamma is there.
+template <class T>
+static void pack_part(const BitWeight *w, int part, const T *values) {
+  int first = part_start(*w, part), rows = w->parts[part];
+  unsigned tile_rows = (unsigned)((first + rows - 1) / TILE_N - first / TILE_N + 1);
+  LAUNCH(weight_pack_kernel<T>, dim3(blocks_for((size_t)w->K, TILE_K), tile_rows), TILE_K, 0, (uint32_t *)w->data, w->gamma, values,
+         first, rows, w->K);
+}
+
+void weight_pack(BitWeight *w, int part, const float *master) {
+  BitWeight alone = *w;   // the part as a matrix of its own
+  alone.gamma = w->gamma + part_start(*w, part);
+  alone.parts[0] = w->parts[part];
+  alone.parts[1] = alone.parts[2] = 0;
+  w->lambda = 1;
+  w->packed = 1;
+  weight_gammas(&alone, master);
+  pack_part(w, part, master);
+}
+
+void weight_pack_codes(BitWeight *w, int part, const int8_t *codes, float gamma) {
+  int rows = w->parts[part];
+  w->lambda = 1;
+  w->packed = 1;
+  LAUNCH(fill_kernel, blocks_for((size_t)rows, 256), 256, 0, w->gamma + part_start(*w, part), gamma, rows);
+  pack_part(w, part, codes);
+}
+
+// codes (=) [rows,K] of the outputs from n0 on, n0 a multiple of TILE_N. A block takes a tile, which lies in shared memory in between,
+// so that packed is read and codes are written along their rows.
+__global__ void __launch_bounds__(TILE_K) weight_unpack_kernel(int8_t *codes, const uint32_t *packed, int n0, int rows, int K) {
+  __shared__ int8_t tile[TILE_N][TILE_K];
+  int lane = threadIdx.x % WARP, step = threadIdx.x / WARP, k = blockIdx.x * TILE_K + threadIdx.x;
+  uint32_t word = packed[word_at((size_t)(n0 / TILE_N + blockIdx.y) * gridDim.x + blockIdx.x, lane, step)];
+  for (int i = 0; i < 4; i++) {
+    for (int b = 0; b < 4; b++) {
+      tile[field_output(lane, i)][field_input(lane, step, i, b)] = (int8_t)((int)(word >> (8 * b + 2 * i) & 3) - 1);
+    }
+  }
+  __syncthreads();
+  for (int i = 0; i < TILE_N; i++) {
+    int n = blockIdx.y * TILE_N + i;
+    if (n < rows && k < K) codes[(size_t)n * K + k] = tile[i][threadIdx.x];
+  }
+}
+
+static void unpack_rows(int8_t *codes, const BitWeight *w, int n0, int rows) {
+  dim3 tiles(blocks_for((size_t)w->K, TILE_K), blocks_for((size_t)rows, TILE_N));
+  LAUNCH(weight_unpack_kernel, tiles, TILE_K, 0, codes, (const uint32_t *)weight_packed(w), n0, rows, w->K);
+}
+
 void bitweight_codes(int8_t *codes, const BitWeight *w) {
-  dev_copy(codes, weight_codes(w), (size_t)w->N * (size_t)w->K);
+  if (w->packed) unpack_rows(codes, w, 0, w->N);
+  else dev_copy(codes, weight_codes(w), (size_t)w->N * (size_t)w->K);
 }
 
 // Every block folds the partial sums of |w| to gamma by itself, then compares its share of the codes. Integers may be added
@@ -1104,16 +1285,17 @@ __device__ inline float finished(float sum, float scale, const float *bias, cons
   return v;
 }
 
-// out [R,N] from the int32 sums of cuBLASLt; one block walks along a row.
+// `cols` columns of out [R,N] from the int32 sums [R,cols] of cuBLASLt; all pointers start at the first of them. One block walks along
+// a row.
 template <int W>
 __global__ void finish_forward_kernel(floatX *out, const int32_t *sums, const float *s, const float *gamma, const float *bias,
-                                      const floatX *residual, int N) {
+                                      const floatX *residual, int N, int cols) {
   size_t r = blockIdx.x;
   float scale = s[r];
-  for (int n = threadIdx.x * W; n < N; n += blockDim.x * W) {
+  for (int n = threadIdx.x * W; n < cols; n += blockDim.x * W) {
     size_t at = r * N + n;
     float v[W], g[W];
-    load<W>(v, sums + at);
+    load<W>(v, sums + r * cols + n);
     load<W>(g, gamma + n);
     for (int w = 0; w < W; w++) {
       v[w] = finished(v[w], __fmul_rn(scale, g[w]), bias ? bias + n + w : NULL, residual ? residual + at + w : NULL);
@@ -1245,34 +1427,51 @@ ternary_forward_kernel(floatX *out, const int8_t *q, const float *s, const uint4
 
 enum { DECODE_ROWS = 64, BLAS_ROWS = 1024 };
 
+/*
+Many rows, through cuBLASLt: int32 sums of a bounded number of rows and outputs at a time, then scales. Packed weights are unpacked to
+int8 for that, a bounded number of outputs at a time. Returns false if the library has no kernel for such a product.
+*/
+static bool blas_integer_forward(floatX *out, const QAct *x, const BitWeight *w, const floatX *residual, int R) {
+  int N = w->N, K = w->K, rows = rows_at_a_time(sums_bytes, (size_t)N * sizeof(int32_t), R), cols = N;
+  scratch_start();
+  int32_t *sums = (int32_t *)scratch_take((size_t)rows * N * sizeof(int32_t));
+  int8_t *unpacked = NULL;
+  if (w->packed) {
+    size_t most = operand_bytes / (size_t)K / TILE_N * TILE_N;   // whole tiles
+    cols = (int)smaller((size_t)N, larger(most, TILE_N));
+    unpacked = (int8_t *)scratch_take((size_t)cols * K);
+  }
+  for (int n0 = 0; n0 < N; n0 += cols) {
+    int n = N - n0 < cols ? N - n0 : cols;
+    if (w->packed) unpack_rows(unpacked, w, n0, n);
+    for (int r0 = 0; r0 < R; r0 += rows) {
+      int m = R - r0 < rows ? R - r0 : rows;
+      size_t at = (size_t)r0 * N + n0;
+      Product p = {};
+      p.M = m, p.N = n, p.K = K;
+      p.in = CUDA_R_8I, p.out = CUDA_R_32I;
+      p.A = (const int8_t *)x->data + (size_t)r0 * K, p.lda = (size_t)K;
+      p.B = w->packed ? unpacked : weight_codes(w), p.ldb = (size_t)K, p.b_trans = true;
+      p.D = sums, p.ldd = (size_t)n;
+      if (!blas_product(&p)) return false;
+      bool wide = N % 8 == 0 && n % 8 == 0;
+      LAUNCH_WIDTH(wide, finish_forward_kernel, (unsigned)m, row_threads(n, wide), 0, out + at, sums, x->s + r0, w->gamma + n0,
+                   w->bias ? w->bias + n0 : NULL, residual ? residual + at : NULL, N, n);
+    }
+  }
+  return true;
+}
+
 static void integer_forward(floatX *out, const QAct *x, const BitWeight *w, const floatX *residual, int R) {
   int N = w->N, K = w->K;
+  if (R > DECODE_ROWS && N % 4 == 0 && K % 4 == 0 && blas_integer_forward(out, x, w, residual, R)) return;
+  unsigned cols = blocks_for((size_t)N, TILE_N), threads = TERNARY_WARPS * WARP;
+  dim3 one(cols, blocks_for((size_t)R, 8)), four(cols, blocks_for((size_t)R, 32)), eight(cols, blocks_for((size_t)R, 64));
   const int8_t *q = (const int8_t *)x->data;
-  if (R > DECODE_ROWS && N % 4 == 0 && K % 4 == 0) {
-    int rows = rows_at_a_time(sums_bytes, (size_t)N * sizeof(int32_t), R), r0 = 0;
-    scratch_start();
-    int32_t *sums = (int32_t *)scratch_take((size_t)rows * N * sizeof(int32_t));
-    for (; r0 < R; r0 += rows) {
-      int m = R - r0 < rows ? R - r0 : rows;
-      size_t at = (size_t)r0 * N;
-      Product p = {};
-      p.M = m, p.N = N, p.K = K;
-      p.in = CUDA_R_8I, p.out = CUDA_R_32I;
-      p.A = q + (size_t)r0 * K, p.lda = (size_t)K;
-      p.B = weight_codes(w), p.ldb = (size_t)K, p.b_trans = true;
-      p.D = sums, p.ldd = (size_t)N;
-      if (!blas_product(&p)) break;
-      bool wide = N % 8 == 0;
-      LAUNCH_WIDTH(wide, finish_forward_kernel, (unsigned)m, row_threads(N, wide), 0, out + at, sums, x->s + r0, w->gamma, w->bias,
-                   residual ? residual + at : NULL, N);
-    }
-    if (r0 >= R) return;
-  }
-  dim3 one(blocks_for((size_t)N, TILE_N), blocks_for((size_t)R, 8)), four(blocks_for((size_t)N, TILE_N), blocks_for((size_t)R, 32));
   const uint4 *packed = weight_packed(w);
-  if (R <= 8) LAUNCH(ternary_forward_kernel<1>, one, TERNARY_WARPS * WARP, 0, out, q, x->s, packed, w->gamma, w->bias, residual, R,
-                     N, K);
-  else LAUNCH(ternary_forward_kernel<4>, four, TERNARY_WARPS * WARP, 0, out, q, x->s, packed, w->gamma, w->bias, residual, R, N, K);
+  if (R <= 8) LAUNCH(ternary_forward_kernel<1>, one, threads, 0, out, q, x->s, packed, w->gamma, w->bias, residual, R, N, K);
+  else if (R <= 32) LAUNCH(ternary_forward_kernel<4>, four, threads, 0, out, q, x->s, packed, w->gamma, w->bias, residual, R, N, K);
+  else LAUNCH(ternary_forward_kernel<8>, eight, threads, 0, out, q, x->s, packed, w->gamma, w->bias, residual, R, N, K);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -1466,6 +1665,8 @@ void bitlinear_forward(floatX *out, const QAct *x, const BitWeight *w, const flo
   int N = w->N, K = w->K;
   if (ternary && x->lambda == 1.0f && x->bits > 0) {
     integer_forward(out, x, w, residual, R);
+  } else if (w->packed) {
+    die(EXIT_FAILED, "bug: packed weights multiply int8 activations only");
   } else if (ternary) {
     if (fp32) matmul_f32(out, values, weight_codes(w), w->gamma, w->bias, residual, R, N, K);
     else matmul_bf16(out, values, weight_bf16_codes(w), w->gamma, w->bias, residual, R, N, K);
@@ -1721,6 +1922,89 @@ void linear_backward(floatX *dx, float *dw, const floatX *dout, const floatX *x,
 }
 
 // ---------------------------------------------------------------------------------------------------------
+/*
+The same table in a model that only runs: embedding, classifier, and the largest logit. There is no screen here: all logits are
+computed, for up to DECODE_ROWS rows at a time, and the largest is picked from them on the device.
+*/
+size_t head_table_bytes(int V, int C, int half) {
+  return (size_t)V * (size_t)C * (half ? sizeof(bf16) : sizeof(float));
+}
+
+size_t head_screen_bytes(int V, int C) {
+  (void)V, (void)C;
+  return 0;
+}
+
+// Logits of DECODE_ROWS rows.
+size_t head_scratch_bytes(int V, int C) {
+  (void)C;
+  return rounded((size_t)DECODE_ROWS * (size_t)V * sizeof(floatX));
+}
+
+void head_rows(Head *h, const float *rows, int first, int n) {
+  size_t at = (size_t)first * h->C;
+  if (h->half) convert((bf16 *)h->table + at, rows, NULL, n, h->C);
+  else dev_copy((float *)h->table + at, rows, (size_t)n * h->C * sizeof(float));
+}
+
+void head_embedding(floatX *out, const int *tokens, const Head *h, int R) {
+  if (h->half) embed(out, tokens, (const bf16 *)h->table, R, h->C);
+  else embed(out, tokens, (const float *)h->table, R, h->C);
+}
+
+template <class T>
+static void classify(floatX *logits, const floatX *x, const T *table, const Head *h, int R) {
+  const float *none = NULL;
+  if (fp32_products(h->precision)) matmul_f32(logits, x, table, none, none, (const floatX *)NULL, R, h->V, h->C);
+  else matmul_bf16(logits, x, table, none, none, (const floatX *)NULL, R, h->V, h->C);
+}
+
+void head_forward(floatX *logits, const floatX *x, const Head *h, int R) {
+  if (h->half) classify(logits, x, (const bf16 *)h->table, h, R);
+  else classify(logits, x, (const float *)h->table, h, R);
+}
+
+/*
+A logit and its token as one number that is larger where the logit is, and among equal logits where the token is smaller: the bits
+of a float ascend with its value, once negative ones are turned over. NaN as on the CPU, which starts from token 0 and moves on where a
+logit is larger: nothing is larger than a NaN at token 0, and a NaN elsewhere is never chosen.
+*/
+__device__ inline unsigned long long logit_key(float logit, int token) {
+  uint32_t bits;
+  float value = logit + 0.0f;   // -0 equals 0
+  memcpy(&bits, &value, sizeof bits);
+  bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+  if (isnan(logit)) bits = token == 0 ? 0xFFFFFFFFu : 0;
+  return (unsigned long long)bits << 32 | (0xFFFFFFFFu - (uint32_t)token);
+}
+
+template <int W>
+__global__ void argmax_kernel(int *best, const floatX *logits, int rowlen, int V) {
+  const floatX *z = logits + (size_t)blockIdx.x * rowlen;
+  unsigned long long key = 0;
+  for (int i = threadIdx.x * W; i < V; i += blockDim.x * W) {
+    float v[W];
+    load<W>(v, z + i);
+    for (int w = 0; w < W; w++) {
+      if (i + w < V) key = Max::of(key, logit_key(v[w], i + w));
+    }
+  }
+  key = block_fold<Max>(key, 0ull);
+  if (threadIdx.x == 0) best[blockIdx.x] = (int)(0xFFFFFFFFu - (uint32_t)key);
+}
+
+void head_argmax(int *best, const floatX *x, const Head *h, int R, int V) {
+  bool wide = h->V % 8 == 0;
+  for (int r0 = 0; r0 < R; r0 += DECODE_ROWS) {
+    int m = R - r0 < DECODE_ROWS ? R - r0 : (int)DECODE_ROWS;
+    scratch_start();
+    floatX *logits = (floatX *)scratch_take((size_t)m * h->V * sizeof(floatX));
+    head_forward(logits, x + (size_t)r0 * h->C, h, m);
+    LAUNCH_WIDTH(wide, argmax_kernel, (unsigned)m, row_threads(V, wide), 0, best + r0, logits, h->V, V);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------
 // Cross-entropy: one block for each row.
 
 // One pass: each thread keeps the largest logit it has seen and its sum of exponentials relative to that; at the end all are
@@ -1768,12 +2052,24 @@ void cross_entropy_backward(floatX *logits, const float *lse, const int *targets
 // ---------------------------------------------------------------------------------------------------------
 // The optimizer.
 
+// Whether value i decays: the last segment that starts at or before i says it.
+__device__ inline bool decays_at(const Segment *segments, int count, size_t i) {
+  int low = 0, high = count;   // segments[low].first <= i, segments[high].first > i
+  while (high - low > 1) {
+    int mid = (low + high) / 2;
+    if (segments[mid].first <= i) low = mid;
+    else high = mid;
+  }
+  return count == 0 || segments[low].decays;
+}
+
+// All tensors of an arena in one launch.
 template <int W>
-__global__ void adamw_kernel(float *p, float *m, float *v, const float *g, size_t n, float gscale, float lr, float beta1,
-                             float beta2, float eps, float keep,
-                             float correct1, float correct2) {
+__global__ void adamw_kernel(float *p, float *m, float *v, const float *g, size_t n, const Segment *segments, int count, float gscale,
+                             float lr, float beta1, float beta2, float eps, float wd, float correct1, float correct2) {
   size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
   if (i >= n) return;
+  float keep = decays_at(segments, count, i) ? 1.0f - lr * wd : 1.0f;
   float pi[W], mi[W], vi[W], gi[W];
   load<W>(pi, p + i);
   load<W>(mi, m + i);
@@ -1790,12 +2086,12 @@ __global__ void adamw_kernel(float *p, float *m, float *v, const float *g, size_
   store<W>(v + i, vi);
 }
 
-void adamw_update(float *p, float *m, float *v, const float *g, size_t n, float gscale, float lr, float beta1, float beta2,
-                  float eps, float wd, int t) {
+void adamw_update(float *p, float *m, float *v, const float *g, size_t n, const Segment *segments, int count, float gscale, float lr,
+                  float beta1, float beta2, float eps, float wd, int t) {
   float correct1 = (float)(1.0 / (1.0 - pow((double)beta1, t))), correct2 = (float)(1.0 / (1.0 - pow((double)beta2, t)));
   bool wide = n % 8 == 0 && aligned16(p) && aligned16(m) && aligned16(v) && aligned16(g);
-  LAUNCH_WIDTH(wide, adamw_kernel, blocks_for(wide ? n / 8 : n, 256), 256, 0, p, m, v, g, n, gscale, lr, beta1, beta2, eps,
-               1.0f - lr * wd, correct1, correct2);
+  LAUNCH_WIDTH(wide, adamw_kernel, blocks_for(wide ? n / 8 : n, 256), 256, 0, p, m, v, g, n, segments, count, gscale, lr, beta1, beta2,
+               eps, wd, correct1, correct2);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -1817,6 +2113,12 @@ __global__ void read_kernel(uint32_t *out, const uint4 *in, size_t words) {
     mix ^= v.x ^ v.y ^ v.z ^ v.w;
   }
   if (mix == 0x12345678u) *out = mix;   // almost never; but the compiler does not know
+}
+
+void dev_read(const void *p, size_t bytes) {
+  unsigned blocks = (unsigned)gpu_.prop.multiProcessorCount * 8;
+  LAUNCH(read_kernel, blocks, 256, 0, (uint32_t *)gpu_.sums, (const uint4 *)p, bytes / 16);
+  CUDA_CHECK(cudaStreamSynchronize(gpu_.stream));
 }
 
 // The best of several runs of n x n x n products, operations a second; 0 if the library has none or there is no memory.
@@ -1851,13 +2153,11 @@ void dev_peaks(Peaks *p) {
   p->bf16 = peak_product(CUDA_R_16BF, CUDA_R_16BF, n);
   p->int8 = peak_product(CUDA_R_8I, CUDA_R_32I, n);
   p->read = 0;
-  char *memory = (char *)dev_malloc(bytes + 16);
+  char *memory = (char *)dev_malloc(bytes);
   for (int run = 0; memory && run < 10; run++) {
     CUDA_CHECK(cudaStreamSynchronize(gpu_.stream));
     double t0 = time_now();
-    unsigned blocks = (unsigned)gpu_.prop.multiProcessorCount * 8;
-    LAUNCH(read_kernel, blocks, 256, 0, (uint32_t *)(memory + bytes), (const uint4 *)memory, bytes / 16);
-    CUDA_CHECK(cudaStreamSynchronize(gpu_.stream));
+    dev_read(memory, bytes);
     double rate = (double)bytes / (time_now() - t0);
     if (run > 0 && rate > p->read) p->read = rate;
   }

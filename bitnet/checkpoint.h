@@ -467,7 +467,7 @@ enum { LOAD_CHUNK_ = 1 << 20 };   // floats that a frozen model is read by
 static int tensor_is_half_(const StFile *f, const StTensor *s, float *host) {
   int half = 1;
   for (size_t first = 0; first < s->n && half && s->dtype != ST_BF16; first += LOAD_CHUNK_) {
-    size_t n = s->n - first < LOAD_CHUNK_ ? s->n - first : LOAD_CHUNK_;
+    size_t n = s->n - first < LOAD_CHUNK_ ? s->n - first : (size_t)LOAD_CHUNK_;
     st_read_f32(f, s, host, first, n);
     for (size_t i = 0; i < n && half; i++) half = f32_from_bf16(bf16_from_f32(host[i])) == host[i];
   }
@@ -523,7 +523,7 @@ UNUSED static void model_load_frozen(Model *m, const char *dir, int precision) {
     } else {
       float *to = t->flags & TERNARY ? device : m->params + t->offset;
       for (size_t first = 0; first < t->n; first += LOAD_CHUNK_) {
-        load_part_(to + first, f, s, first, t->n - first < LOAD_CHUNK_ ? t->n - first : LOAD_CHUNK_, host);
+        load_part_(to + first, f, s, first, t->n - first < LOAD_CHUNK_ ? t->n - first : (size_t)LOAD_CHUNK_, host);
       }
     }
     if (t->flags & TERNARY) {

@@ -15,6 +15,8 @@ Defines:     Session, session_open, session_free, session_rows, session_logits, 
 
 #include "model.h"
 
+enum { GRAPH_ROWS = 64 };     // passes of up to so many rows are recorded and repeated as one
+
 typedef struct {
   Model *m;
   int sequences, capacity;    // caches, and positions in each
@@ -24,12 +26,14 @@ typedef struct {
   void *memory;
   void **kcache, **vcache;    // [L] of kv_cache_bytes for each sequence
   LayerActs acts;             // one block's buffers, shared by all
-  floatX *x, *y;              // [max_rows,C] the residual stream, block by block; after session_rows y is the classifier's input
+  floatX *x, *y;              // [max_rows,C] the residual stream, block by block in turns
+  floatX *final;              // [max_rows,C] one of the two: after session_rows the classifier's input
   float *rstd;                // [max_rows]
   floatX *logits;             // [logit_rows,V]
   int *tokens, *seq, *pos;    // [max_rows] on the device
   int *best;                  // [max_rows]
   float *host_logits;         // [logit_rows,V]
+  Graph graphs[GRAPH_ROWS];   // the pass over n rows is graphs[n-1]
 } Session;
 
 // The caches.
@@ -94,6 +98,7 @@ UNUSED static void session_open(Session *s, Model *m, int sequences, int capacit
 }
 
 UNUSED static void session_free(Session *s) {
+  for (int i = 0; i < GRAPH_ROWS; i++) dev_graph_free(&s->graphs[i]);
   dev_free(s->memory);
   free(s->kcache);
   free(s->vcache);
@@ -140,48 +145,63 @@ UNUSED static RunMemory run_memory(const Config *c, int precision, int half_embe
   return out;
 }
 
-/*
-Feeds n <= max_rows rows (host arrays): tokens[i] at position pos[i] of sequence seq[i]. Rows of one sequence must come in order of
-position, without gaps. What may come next is then asked for with session_logits or session_best.
-*/
-UNUSED static void session_rows(Session *s, const int *tokens, const int *seq, const int *pos, int n) {
+// The network, from s->tokens, s->seq, s->pos to s->final. What it does depends on n alone, not on the contents of device memory.
+static void session_pass_(Session *s, int n) {
   Model *m = s->m;
   const Config *c = &m->c;
-  size_t bytes = (size_t)n * sizeof(int);
+  floatX *x = s->x, *y = s->y;
   Context ctx;
-  if (n > s->max_rows) die(EXIT_FAILED, "bug: %d rows for a session of %d", n, s->max_rows);
   memset(&ctx, 0, sizeof ctx);
-  dev_copy_in(s->tokens, tokens, bytes);
-  dev_copy_in(s->seq, seq, bytes);
-  dev_copy_in(s->pos, pos, bytes);
   ctx.R = n;
   ctx.pos = s->pos;
   ctx.seq = s->seq;
   ctx.capacity = s->cache_rows;
-  model_embed(m, s->x, s->tokens, n);
+  model_embed(m, x, s->tokens, n);
   for (int l = 0; l < c->layers; l++) {
     ctx.kcache = s->kcache[l];
     ctx.vcache = s->vcache[l];
-    layer_forward(m, l, &s->acts, s->y, s->x, &ctx);
-    floatX *swap = s->x;
-    s->x = s->y;
-    s->y = swap;
+    layer_forward(m, l, &s->acts, y, x, &ctx);
+    floatX *swap = x;
+    x = y;
+    y = swap;
   }
-  rmsnorm_forward(s->y, s->rstd, s->x, m->params + m->table.final_norm, n, c->dim, c->norm_eps);
+  rmsnorm_forward(y, s->rstd, x, m->params + m->table.final_norm, n, c->dim, c->norm_eps);
+}
+
+/*
+Feeds n <= max_rows rows (host arrays): tokens[i] at position pos[i] of sequence seq[i]. Rows of one sequence must come in order of
+position, without gaps. What may come next is then asked for with session_logits or session_best.
+
+Short passes are repeated as a graph: at lambda = 1, where the arguments of all ops are those of the pass before.
+*/
+UNUSED static void session_rows(Session *s, const int *tokens, const int *seq, const int *pos, int n) {
+  size_t bytes = (size_t)n * sizeof(int);
+  if (n > s->max_rows) die(EXIT_FAILED, "bug: %d rows for a session of %d", n, s->max_rows);
+  dev_copy_in(s->tokens, tokens, bytes);
+  dev_copy_in(s->seq, seq, bytes);
+  dev_copy_in(s->pos, pos, bytes);
+  s->final = s->m->c.layers % 2 ? s->x : s->y;
+  Graph *g = n <= GRAPH_ROWS && s->m->lambda == 1.0f ? &s->graphs[n - 1] : NULL;
+  if (g == NULL) {
+    session_pass_(s, n);
+  } else if (dev_graph_begin(g)) {
+    session_pass_(s, n);
+    dev_graph_end(g);
+  }
 }
 
 // The logits [n,V] of rows first .. first+n-1 of the last session_rows, n <= logit_rows, on the host, valid until the next call.
 UNUSED static const float *session_logits(Session *s, int first, int n) {
   size_t V = (size_t)s->m->c.vocab;
   if (n > s->logit_rows) die(EXIT_FAILED, "bug: logits of %d rows asked for, there is room for %d", n, s->logit_rows);
-  model_logits(s->m, s->logits, s->y + (size_t)first * (size_t)s->m->c.dim, n);
+  model_logits(s->m, s->logits, s->final + (size_t)first * (size_t)s->m->c.dim, n);
   dev_floatx_out(s->host_logits, s->logits, (size_t)n * V);
   return s->host_logits;
 }
 
 // best (=) [n] on the host: the most likely token below V for each of the rows first .. first+n-1. Frozen models only.
 UNUSED static void session_best(Session *s, int first, int n, int V, int *best) {
-  head_argmax(s->best, s->y + (size_t)first * (size_t)s->m->c.dim, &s->m->head, n, V);
+  head_argmax(s->best, s->final + (size_t)first * (size_t)s->m->c.dim, &s->m->head, n, V);
   dev_copy_out(best, s->best, (size_t)n * sizeof(int));
 }
 

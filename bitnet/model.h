@@ -264,6 +264,8 @@ typedef struct {
   // arenas, in device memory
   float *params;             // float master weights; of a frozen model norms and biases only
   float *grads, *m, *v;      // training only
+  Segment *segments;         // training only: which parts of the arena decay, in device memory
+  int n_segments;
   void *weights_memory;      // quantised weights
   LayerWeights *weights;     // [L]
   float *cossin;             // [max_seq, HS]
@@ -358,10 +360,9 @@ static void training_layout_(Arena *a, Model *m, int codes_only) {
   m->norm2 = (double *)take_(a, sizeof(double));
 }
 
-// The classifier's rows at a time: about 128 MiB of logits, so that B x T x V of a large batch never exists at once, yet enough rows that
-// packing the classifier for each chunk does not show. A multiple of 64.
+// The classifier's rows at a time: as many as the ops ask for, a multiple of 64. B x T x V of a large batch never exists at once.
 static int head_rows_(const Config *c, int R) {
-  size_t rows = ((size_t)128 << 20) / ((size_t)c->vocab * sizeof(floatX)) / 64 * 64;
+  size_t rows = ops_logits_bytes() / ((size_t)c->vocab * sizeof(floatX)) / 64 * 64;
   if (rows < 64) rows = 64;
   return rows < (size_t)R ? (int)rows : R;
 }
@@ -547,9 +548,34 @@ UNUSED static void model_alloc_batch(Model *m, int B, int T, int recompute, int 
   model_reserve_scratch(&m->c, (size_t)m->R);
 }
 
+// m->segments, from the table: neighbours that decay alike are one.
+static void alloc_segments_(Model *m) {
+  Segment *host = (Segment *)xcalloc((size_t)m->table.count, sizeof(Segment));
+  m->n_segments = 0;
+  for (int i = 0; i < m->table.count; i++) {
+    const Tensor *t = &m->table.tensors[i];
+    int decays = (t->flags & DECAY) != 0;
+    if (m->n_segments > 0 && host[m->n_segments - 1].decays == decays) continue;
+    host[m->n_segments].first = t->offset;
+    host[m->n_segments++].decays = decays;
+  }
+  m->segments = (Segment *)device_memory_((size_t)m->n_segments * sizeof(Segment), "the optimizer");
+  dev_copy_in(m->segments, host, (size_t)m->n_segments * sizeof(Segment));
+  free(host);
+}
+
+// Dies where the ops would round to bf16 although fp32 was asked for.
+UNUSED static void refuse_precision(int precision) {
+  if (ops_honours_precision(precision)) return;
+  die(EXIT_USAGE, "precision=fp32: this program keeps activations in bf16 (%s); leave precision=bf16, use train_bitnet on the CPU, or "
+      "build one with make -B train_bitnetcu FP32=1", dev_name());
+}
+
 // Everything that training needs: the above, gradients, and the optimizer's moments.
 UNUSED static void model_alloc_training(Model *m, int B, int T, int recompute, int codes_only) {
   size_t bytes = m->table.floats * sizeof(float);
+  refuse_precision(m->precision);
+  alloc_segments_(m);
   m->grads = (float *)device_memory_(bytes, "gradients");
   m->m = (float *)device_memory_(bytes, "the optimizer");
   m->v = (float *)device_memory_(bytes, "the optimizer");
@@ -561,6 +587,7 @@ UNUSED static void model_free(Model *m) {
   dev_free(m->grads);
   dev_free(m->m);
   dev_free(m->v);
+  dev_free(m->segments);
   dev_free(m->weights_memory);
   dev_free(m->head_memory);
   dev_free(m->cossin);

@@ -97,7 +97,7 @@ void dev_zero(void *dst, size_t bytes);
 void dev_copy(void *dst, const void *src, size_t bytes);       // device -> device, no overlap
 void dev_copy_in(void *dst, const void *src, size_t bytes);    // host -> device
 void dev_copy_out(void *dst, const void *src, size_t bytes);   // device -> host; waits for all work before it
-// Reads all of this memory once, as fast as it can be read: the yardstick of decoding.
+// Reads all of this memory once, as fast as it can be read, and returns when it is done: the yardstick of decoding.
 void dev_read(const void *p, size_t bytes);
 // floatX on the device <-> float on the host, n elements. For tests, dumps and the sampler.
 void dev_floatx_in(floatX *dst, const float *src, size_t n);
@@ -108,6 +108,23 @@ typedef struct {
   double fp32, bf16, int8, read;
 } Peaks;
 void dev_peaks(Peaks *p);
+// Whether float products at this precision are what the name says: 0 for PRECISION_FP32 where activations are bf16.
+int ops_honours_precision(int precision);
+// Bytes of logits that should exist at a time: so many that reading the classifier anew for each chunk of rows does not show.
+size_t ops_logits_bytes(void);
+/*
+A stretch of ops that is repeated with the same arguments, while only what the pointers point to changes (decoding), can be recorded
+and then be started as one. *g starts as zeros.
+    if (dev_graph_begin(g)) { ops; dev_graph_end(g); }
+begin returns 0 when g was recorded before, and has started it. Allowed in between: ops, dev_copy, dev_zero. The CPU records nothing.
+*/
+typedef struct {
+  void *recorded;
+  int calls, version;
+} Graph;
+int dev_graph_begin(Graph *g);
+void dev_graph_end(Graph *g);
+void dev_graph_free(Graph *g);
 // Scratch of the backend (packed operands, partial sums). Reserve once, before the first step; ops die on a shortage.
 size_t ops_scratch_bytes(size_t max_rows, size_t max_n, size_t max_k);
 size_t attention_scratch_bytes(int T, int HS);
@@ -218,8 +235,15 @@ void cross_entropy_backward(floatX *logits, const float *lse, const int *targets
 
 // *out (=) = sum of x[i]^2 in double, folded in an order that depends on n only. out is device memory.
 void sum_squares(double *out, const float *x, size_t n);
-// AdamW, step t counted from 1: g' = gscale * g; m, v moments; p -= lr (mhat / (sqrt(vhat) + eps) + wd p)
-void adamw_update(float *p, float *m, float *v, const float *g, size_t n, float gscale, float lr, float beta1, float beta2,
-                  float eps, float wd, int t);
+// Values from `first` on, up to the next segment, are subject to weight decay or not. The first segment starts at 0, the others at
+// multiples of 8.
+typedef struct {
+  size_t first;
+  int decays;
+} Segment;
+// AdamW on n values, step t counted from 1: g' = gscale * g; m, v moments; p -= lr (mhat / (sqrt(vhat) + eps) + wd p), with wd = 0
+// where the segment says so. segments [count] in device memory, in order; count = 0: decay everywhere.
+void adamw_update(float *p, float *m, float *v, const float *g, size_t n, const Segment *segments, int count, float gscale, float lr,
+                  float beta1, float beta2, float eps, float wd, int t);
 
 #endif

@@ -78,14 +78,10 @@ UNUSED static double clip_scale(double norm, double clip) {
 }
 
 // One AdamW update, number t counted from 1, with gradients scaled by gscale (the clipping factor). Weight decay goes to
-// the tensors that the table marks DECAY: matrices and embeddings, never norms or biases.
+// the tensors that the table marks DECAY: matrices and embeddings, never norms or biases. The padding of the arena stays zero.
 UNUSED static void adamw_step(Model *m, float gscale, double lr, double wd, double beta1, double beta2, double eps, int64_t t) {
-  for (int i = 0; i < m->table.count; i++) {
-    const Tensor *x = &m->table.tensors[i];
-    size_t o = x->offset;
-    adamw_update(m->params + o, m->m + o, m->v + o, m->grads + o, x->n, gscale, (float)lr, (float)beta1, (float)beta2, (float)eps,
-                 x->flags & DECAY ? (float)wd : 0.0f, (int)t);
-  }
+  adamw_update(m->params, m->m, m->v, m->grads, m->table.floats, m->segments, m->n_segments, gscale, (float)lr, (float)beta1,
+               (float)beta2, (float)eps, (float)wd, (int)t);
 }
 
 #endif

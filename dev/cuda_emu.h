@@ -23,6 +23,7 @@ then hands the CPU back to a scheduler that resumes the next one. What the tool 
 #define CUDA_EMU_H
 
 #include <algorithm>
+#include <functional>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -261,6 +262,16 @@ struct EmuAllowance {   // what cudaFuncSetAttribute has granted to a kernel
 };
 static std::vector<EmuAllowance> emu_allowances;
 
+typedef std::vector<std::function<void()>> EmuGraph;
+static EmuGraph *emu_recording;   // where work goes instead of being done, between BeginCapture and EndCapture
+
+// Work on the stream: done at once, or recorded.
+template <class Work>
+static void emu_stream(const Work &work) {
+  if (emu_recording) emu_recording->push_back(work);
+  else work();
+}
+
 template <class Body>
 static void emu_launch(const char *name, const void *kernel, dim3 grid, dim3 block, size_t shared_bytes, const Body &body) {
   size_t allowed = EMU_SHARED_DEFAULT;
@@ -288,8 +299,22 @@ static void emu_launch(const char *name, const void *kernel, dim3 grid, dim3 blo
   emu.kernel = NULL;
 }
 
-#define LAUNCH(kernel, grid, block, shared_bytes, ...) \
-  emu_launch(#kernel, (const void *)kernel, grid, block, shared_bytes, [&] { kernel(__VA_ARGS__); })
+// A kernel with its parameters' types, so that arguments are converted and copied when it is launched, not when it runs.
+template <class... P>
+struct EmuKernel {
+  void (*kernel)(P...);
+  void launch(const char *name, dim3 grid, dim3 block, size_t shared_bytes, P... p) const {
+    void (*k)(P...) = kernel;
+    emu_stream([=] { emu_launch(name, (const void *)k, grid, block, shared_bytes, [&] { k(p...); }); });
+  }
+};
+
+template <class... P>
+static EmuKernel<P...> emu_kernel(void (*kernel)(P...)) {
+  return {kernel};
+}
+
+#define LAUNCH(kernel, grid, block, shared_bytes, ...) emu_kernel(kernel).launch(#kernel, grid, block, shared_bytes, __VA_ARGS__)
 #define SHARED_DYNAMIC(Type, name) Type *name = (Type *)emu.shared
 
 // ---------------------------------------------------------------------------------------------------------
@@ -551,6 +576,42 @@ EMU_FN cudaError_t cudaStreamCreate(cudaStream_t *s) {
 }
 
 EMU_FN cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  if (emu_recording) emu_die("the host waits for work that is only being recorded");
+  return cudaSuccess;
+}
+
+typedef EmuGraph *cudaGraph_t, *cudaGraphExec_t;
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
+
+EMU_FN cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+  if (emu_recording) emu_die("a recording inside a recording");
+  emu_recording = new EmuGraph;
+  return cudaSuccess;
+}
+
+EMU_FN cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *g) {
+  *g = emu_recording;
+  emu_recording = NULL;
+  return cudaSuccess;
+}
+
+EMU_FN cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t g, unsigned long long) {
+  *exec = new EmuGraph(*g);
+  return cudaSuccess;
+}
+
+EMU_FN cudaError_t cudaGraphDestroy(cudaGraph_t g) {
+  delete g;
+  return cudaSuccess;
+}
+
+EMU_FN cudaError_t cudaGraphExecDestroy(cudaGraphExec_t g) {
+  delete g;
+  return cudaSuccess;
+}
+
+EMU_FN cudaError_t cudaGraphLaunch(cudaGraphExec_t g, cudaStream_t) {
+  for (const std::function<void()> &work : *g) work();
   return cudaSuccess;
 }
 
@@ -580,12 +641,13 @@ EMU_FN cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
 }
 
 EMU_FN cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t) {
-  memset(p, value, bytes);
+  emu_stream([=] { memset(p, value, bytes); });
   return cudaSuccess;
 }
 
-EMU_FN cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-  memcpy(dst, src, bytes);
+EMU_FN cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  if (emu_recording && kind != cudaMemcpyDeviceToDevice) emu_die("a copy from or to the host inside a recording");
+  emu_stream([=] { memcpy(dst, src, bytes); });
   return cudaSuccess;
 }
 
@@ -730,6 +792,7 @@ EMU_FN cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, c
                                      cublasLtMatrixLayout_t b, const void *beta, const void *C, cublasLtMatrixLayout_t c, void *D,
                                      cublasLtMatrixLayout_t out, const cublasLtMatmulAlgo_t *algo, void *, size_t, cudaStream_t) {
   cublasStatus_t status = emu_blas_check(d, a, b, out);
+  if (emu_recording) emu_die("a product of the library inside a recording: not imitated");
   if (status != CUBLAS_STATUS_SUCCESS) return status;
   const void *pointers[4] = {A, B, C, D};
   for (int i = 0; i < 4; i++) {

@@ -4,7 +4,8 @@ bench.h: how fast is it, and where does the time go.
 What it is:  ./train_bitnet bench            everything below
              ./train_bitnet bench peaks      what the machine can do, by short loops of our own
              ./train_bitnet bench products   each product of three models, as a share of the peak of its number format
-             ./train_bitnet bench train      whole training steps of three models, tokens/s
+             ./train_bitnet bench train      whole training steps of three models, tokens/s; train/124m_t1024/32 and
+                                             train/1.3b_t1024/8 (the last number is the batch) are for GPUs, and run only when named
              ./train_bitnet bench ops        one training step of each model taken apart: ms per op and its share
              ./train_bitnet bench decode     prompts and decoding with a packed model of two billion weights
              Rows of name, shape, value, unit. Times are medians. The same shapes run in dev/bench_torch.py.
@@ -33,6 +34,11 @@ static const BenchModel bench_models[] = {
     {"5.1m", 64, 64, 256, 6, 8, 8, 768, 128},
     {"12m", 16, 256, 384, 6, 8, 4, 1152, 2048},
     {"124m", 4, 256, 768, 12, 12, 12, 2048, 50257}};
+
+// Shapes for GPUs, run only by name.
+static const BenchModel bench_gpu_models[] = {
+    {"124m_t1024", 32, 1024, 768, 12, 12, 12, 2048, 50257},
+    {"1.3b_t1024", 8, 1024, 2048, 24, 32, 32, 5460, 32000}};
 
 static void bench_config_(Config *c, const BenchModel *b) {
   memset(c, 0, sizeof *c);
@@ -112,26 +118,47 @@ static void bench_step_(Bench *x, float lambda, int t) {
   bench_wait_(m->params);
 }
 
-static void bench_train_(const char *only, int dx_int8) {
+static void bench_train_model_(const BenchModel *b, int dx_int8) {
   const float lambdas[] = {1.0f, 0.5f};
-  for (size_t i = 0; i < ARRAY_LEN(bench_models); i++) {
-    const BenchModel *b = &bench_models[i];
-    if (only[0] && strcmp(only, b->name) != 0) continue;
-    for (size_t l = 0; l < ARRAY_LEN(lambdas); l++) {
-      Bench x;
-      double times[BENCH_RUNS];
-      char shape[64];
-      bench_open_(&x, b, lambdas[l], dx_int8);
-      for (int k = -1; k < BENCH_RUNS; k++) {
-        double t0 = time_now();
-        bench_step_(&x, lambdas[l], k + 2);
-        if (k >= 0) times[k] = time_now() - t0;
-      }
-      snprintf(shape, sizeof shape, "%s B=%d T=%d lambda=%g", b->name, b->B, b->T, (double)lambdas[l]);
-      bench_row_("train_step", shape, (double)x.m.R / bench_median_(times, BENCH_RUNS), "tokens/s");
-      bench_close_(&x);
+  for (size_t l = 0; l < ARRAY_LEN(lambdas); l++) {
+    Bench x;
+    double times[BENCH_RUNS];
+    char shape[64];
+    bench_open_(&x, b, lambdas[l], dx_int8);
+    for (int k = -1; k < BENCH_RUNS; k++) {
+      double t0 = time_now();
+      bench_step_(&x, lambdas[l], k + 2);
+      if (k >= 0) times[k] = time_now() - t0;
     }
+    snprintf(shape, sizeof shape, "%s B=%d T=%d lambda=%g", b->name, b->B, b->T, (double)lambdas[l]);
+    bench_row_("train_step", shape, (double)x.m.R / bench_median_(times, BENCH_RUNS), "tokens/s");
+    bench_close_(&x);
   }
+}
+
+// only: a name, and for the shapes of GPUs a batch behind a slash; empty: the three models.
+static void bench_train_(const char *only, int dx_int8) {
+  int known = 0;
+  for (size_t i = 0; i < ARRAY_LEN(bench_models); i++) {
+    if (only[0] && strcmp(only, bench_models[i].name) != 0) continue;
+    bench_train_model_(&bench_models[i], dx_int8);
+    known = 1;
+  }
+  for (size_t i = 0; i < ARRAY_LEN(bench_gpu_models); i++) {
+    BenchModel b = bench_gpu_models[i];
+    size_t len = strlen(b.name);
+    if (strncmp(only, b.name, len) != 0 || (only[len] != 0 && only[len] != '/')) continue;
+    if (only[len] == '/') {
+      char *end;
+      long batch = strtol(only + len + 1, &end, 10);
+      if (batch < 1 || batch > 4096 || *end)
+        die(EXIT_USAGE, "bench train/%s/BATCH: expected 1 to 4096, found '%s'", b.name, only + len + 1);
+      b.B = (int)batch;
+    }
+    bench_train_model_(&b, dx_int8);
+    known = 1;
+  }
+  if (!known) die(EXIT_USAGE, "bench train/%s: expected 5.1m, 12m, 124m, 124m_t1024[/BATCH] or 1.3b_t1024[/BATCH]", only);
 }
 
 // ---------------------------------------------------------------------------------------------------------

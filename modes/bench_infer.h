@@ -91,14 +91,18 @@ static int bi_prompt_(Session *s, int sequence, int n) {
   return next;
 }
 
-// What every token reads: packed matrices and the screen.
+// What every token reads: packed matrices, and the screen of the classifier or, without one, the classifier.
+static size_t bi_head_bytes_(const Model *m) {
+  return m->head.screen ? head_screen_bytes(m->c.vocab, m->c.dim) : head_table_bytes(m->c.vocab, m->c.dim, m->head.half);
+}
+
 static size_t bi_bytes_(const Model *m) {
-  return run_memory(&m->c, PRECISION_BF16, 1, 1, 1, KV_BLOCK, 1).weights + head_screen_bytes(m->c.vocab, m->c.dim);
+  return run_memory(&m->c, PRECISION_BF16, 1, 1, 1, KV_BLOCK, 1).weights + bi_head_bytes_(m);
 }
 
 static void bi_read_(const Model *m) {
   dev_read(m->weights_memory, run_memory(&m->c, PRECISION_BF16, 1, 1, 1, KV_BLOCK, 1).weights);
-  dev_read(m->head.screen, head_screen_bytes(m->c.vocab, m->c.dim));
+  dev_read(m->head.screen ? m->head.screen : m->head.table, bi_head_bytes_(m));
 }
 
 /*

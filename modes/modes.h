@@ -36,6 +36,7 @@ static int run_mode(int argc, char **argv) {
   const Mode *mode = options_parse(&o, argc, argv, modes, ARRAY_LEN(modes));
   if (mode->dir == 1 && o.dir[0] == 0) die(EXIT_USAGE, "%s needs a model directory: ./train_bitnet %s %s", mode->name, mode->name, mode->args);
   dev_init(o.threads);
+  if (options_is_set(&o, "precision")) refuse_precision(o.precision);
   mode->run(&o);
   options_free(&o);
   return 0;

@@ -159,6 +159,7 @@ static void test_device(void) {
   dev_zero(z.p + 1, sizeof(float));
   CHECK(z.out() == Floats({1, 0, 3, 0, 0}), "dev_zero");
   CHECK(dev_memory_free() > 0, "no free memory");
+  dev_read(a.p, a.n * sizeof(floatX));
   Peaks p;
   dev_peaks(&p);
   CHECK(p.fp32 > 0 && p.bf16 > 0 && p.int8 > 0 && p.read > 0, "peaks %g %g %g %g", p.fp32, p.bf16, p.int8, p.read);
@@ -343,8 +344,8 @@ struct Weight {
         gdata((bitweight_bytes(a + b + d, K) + 3) / 4), ggamma((size_t)(a + b + d)), cdata((cpu::bitweight_bytes(a + b + d,
             K) + 3) / 4),
         cgamma((size_t)(a + b + d)) {
-    g = {a + b + d, K, {a, b, d}, -1, precision, gdata.p, ggamma.p, with_bias ? gbias.p : NULL};
-    c = {a + b + d, K, {a, b, d}, -1, precision, cdata.data(), cgamma.data(), with_bias ? bias.data() : NULL};
+    g = {a + b + d, K, {a, b, d}, -1, precision, 0, gdata.p, ggamma.p, with_bias ? gbias.p : NULL};
+    c = {a + b + d, K, {a, b, d}, -1, precision, 0, cdata.data(), cgamma.data(), with_bias ? bias.data() : NULL};
   }
   void quantize(float lambda) {
     reserve_scratch(1, (size_t)g.N, (size_t)g.K);
@@ -433,6 +434,63 @@ static void test_bitlinear_forward(void) {
   }
 }
 
+// The packed form on both sides: codes, scales, products; from master weights and from codes; few rows, many, and unpacked in pieces.
+static void test_packed(void) {
+  const int shapes[][4] = {{40, 0, 0, 48}, {17, 9, 6, 37}, {6, 3, 7, 300}, {130, 30, 40, 264}};   // parts, K
+  const int rows[] = {1, 8, 9, 33, 64, 65, 130};
+  for (const int *s : shapes) {
+    for (int variant = 0; variant < 4; variant++) {
+      int K = s[3], first = 0;
+      size_t kept[2] = {operand_bytes, sums_bytes};
+      Weight w(s[0], s[1], s[2], K, PRECISION_BF16, variant % 2);
+      size_t N = (size_t)w.g.N, n = N * K;
+      w.quantize(1);
+      if (variant >= 2) operand_bytes = sums_bytes = 20 * (size_t)K;   // unpacked 16 outputs at a time
+      Dev<char> packed(bitweight_packed_bytes((int)N, K));
+      std::vector<char> cpu_packed(cpu::bitweight_packed_bytes((int)N, K));
+      Dev<float> gamma(N);
+      Floats cpu_gamma(N);
+      BitWeight g = w.g;
+      cpu::BitWeight c = w.c;
+      g.data = packed.p, g.gamma = gamma.p;
+      c.data = cpu_packed.data(), c.gamma = cpu_gamma.data();
+      for (int part = 0; part < 3; part++, first += s[part - 1]) {
+        if (s[part] == 0) continue;
+        size_t at = (size_t)first * K, size = (size_t)s[part] * K;
+        cpu::weight_pack(&c, part, w.master.data() + at);
+        if (variant % 2) {
+          std::vector<int8_t> codes((size_t)N * K);
+          cpu::bitweight_codes(codes.data(), &w.c);
+          Dev<int8_t> gcodes(std::vector<int8_t>(codes.begin() + (long)at, codes.begin() + (long)(at + size)));
+          weight_pack_codes(&g, part, gcodes.p, w.cgamma[(size_t)first]);
+        } else {
+          weight_pack(&g, part, w.gmaster.p + at);
+        }
+      }
+      Dev<int8_t> codes(n);
+      bitweight_codes(codes.p, &g);
+      std::vector<int8_t> want(n);
+      cpu::bitweight_codes(want.data(), &c);
+      CHECK(codes.out() == want, "codes differ at %d+%d+%d x %d", s[0], s[1], s[2], K);
+      CHECK(gamma.out() == cpu_gamma, "gamma differs at %d+%d+%d x %d", s[0], s[1], s[2], K);
+      for (int R : rows) {
+        Floats x = activations((size_t)R * K, 1), residual = activations((size_t)R * N, 1), y((size_t)R * N);
+        Act gx(x), gres(residual), out((size_t)R * N);
+        GpuQ gq((size_t)R, (size_t)K, 1, 8);
+        CpuQ cq((size_t)R, (size_t)K, 1, 8);
+        reserve_scratch((size_t)R, N, (size_t)K);
+        act_quant_forward(&gq.q, gx.p, R, K);
+        cpu::act_quant_forward(&cq.q, x.data(), R, K);
+        bitlinear_forward(out.p, &gq.q, &g, gres.p, R);
+        cpu::bitlinear_forward(y.data(), &cq.q, &c, residual.data(), R);
+        Act rounded_want(y);
+        CHECK(out.same_bits(rounded_want), "packed product differs: R %d N %zu K %d variant %d", R, N, K, variant);
+      }
+      operand_bytes = kept[0], sums_bytes = kept[1];
+    }
+  }
+}
+
 static void test_bitlinear_backward(void) {
   const int shapes[][5] = {{5, 40, 0, 0, 48}, {70, 17, 9, 6, 37}, {40, 16, 16, 0, 136}};
   for (const int *s : shapes) {
@@ -490,6 +548,68 @@ static void test_linear(void) {
   }
 }
 
+// Embedding, logits and the largest logit of a model that only runs; tables in both formats.
+static void test_head(void) {
+  const int shapes[][3] = {{1, 70, 40}, {17, 300, 64}, {70, 133, 37}};   // R, V, C
+  for (const int *s : shapes) {
+    for (int variant = 0; variant < 4; variant++) {
+      int R = s[0], V = s[1], C = s[2], half = variant % 2, precision = variant / 2;
+      Floats x = activations((size_t)R * C, 1), w = randoms((size_t)V * C, 0.1f), want((size_t)R * V), want_rows((size_t)R * C);
+      if (half) for (float &v : w) v = to_float(__float2bfloat16(v));
+      for (int c = 0; c < C; c++) w[(size_t)(V - 1) * C + c] = w[(size_t)(V / 2) * C + c];   // two equal logits in every row
+      Ints tokens = integers((size_t)R, V);
+      Act gx(x), logits((size_t)R * V), rows((size_t)R * C);
+      Dev<float> gw(w);
+      Dev<int> gt(tokens), best((size_t)R);
+      Dev<char> table(head_table_bytes(V, C, half));
+      std::vector<char> memory(cpu::head_table_bytes(V, C, half));
+      Head h = {V, C, half, precision, table.p, NULL};
+      cpu::Head ch = {V, C, half, precision, memory.data(), NULL};
+      reserve_scratch((size_t)R, (size_t)V, (size_t)C);
+      for (int v = 0; v < V; v += 50) {
+        int n = V - v < 50 ? V - v : 50;
+        head_rows(&h, gw.p + (size_t)v * C, v, n);
+        cpu::head_rows(&ch, w.data() + (size_t)v * C, v, n);
+      }
+      head_embedding(rows.p, gt.p, &h, R);
+      cpu::head_embedding(want_rows.data(), tokens.data(), &ch, R);
+      Act rounded_rows(want_rows);
+      CHECK(rows.same_bits(rounded_rows), "embeddings differ");
+      head_forward(logits.p, gx.p, &h, R);
+      cpu::head_forward(want.data(), x.data(), &ch, R);
+      close_act("logits", logits.out(), want, PRODUCT, 2e-5);
+      Dev<char> scratch(head_scratch_bytes(V, C));
+      ops_set_scratch(scratch.p, scratch.n);
+      head_argmax(best.p, gx.p, &h, R, V);
+      Floats z = logits.out();
+      Ints got = best.out();
+      for (int r = 0; r < R; r++) {
+        int top = 0;
+        for (int v = 1; v < V; v++) top = z[(size_t)r * V + v] > z[(size_t)r * V + top] ? v : top;
+        CHECK(got[(size_t)r] == top, "row %d of %d: token %d, the largest logit has %d", r, R, got[(size_t)r], top);
+      }
+    }
+  }
+  // What comparisons of floats do at their edges; V = 10 of 16 columns, the others would win.
+  const float inf = INFINITY, nan = NAN;
+  const struct { float z[10]; int best; } edges[] = {
+      {{-3, -1, -2, -1, -5, -9, -9, -9, -9, -9}, 1}, {{-0.0f, 0, 0, -0.0f, -1, -1, -1, -1, -1, -1}, 0},
+      {{-inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf, -inf}, 0}, {{-inf, nan, -inf, -1e30f, nan, 0, 0, 0, 0, nan}, 5},
+      {{nan, 5, inf, 5, 5, 5, 5, 5, 5, 5}, 0}, {{1, nan, inf, nan, inf, 5, 5, 5, 5, 5}, 2}, {{0, 0, 0, 0, 0, 0, 0, 0, 0, 1e-30f}, 9}};
+  for (const auto &e : edges) {
+    for (int columns = 15; columns <= 16; columns++) {
+      Floats z(2 * 16, inf);
+      for (int r = 0; r < 2; r++) std::copy(e.z, e.z + 10, z.begin() + (long)r * columns);
+      Act gz(z);
+      Dev<int> best(2);
+      bool wide = columns == 16;
+      LAUNCH_WIDTH(wide, argmax_kernel, 2, 32, 0, best.p, gz.p, columns, 10);
+      Ints got = best.out();
+      CHECK(got[0] == e.best && got[1] == e.best, "tokens %d and %d, expected %d", got[0], got[1], e.best);
+    }
+  }
+}
+
 static void test_rope(void) {
   const int shapes[][4] = {{30, 3, 1, 64}, {7, 2, 2, 6}};
   for (const int *s : shapes) {
@@ -540,12 +660,12 @@ static void test_attention(void) {
     Dev<float> lse(rows * NH);
     Dev<int> gstart(start);
     reserve_scratch(rows, (size_t)(NH + 2 * NKV) * HS, (size_t)NH * HS);
-    attention_forward(out.p, lse.p, gqkv.p, gstart.p, B, T, NH, NKV, HS);
-    cpu::attention_forward(want.data(), want_lse.data(), qkv.data(), start.data(), B, T, NH, NKV, HS);
+    attention_forward(out.p, lse.p, gqkv.p, gstart.p, B, T, NH, NKV, HS, PRECISION_FP32);
+    cpu::attention_forward(want.data(), want_lse.data(), qkv.data(), start.data(), B, T, NH, NKV, HS, PRECISION_FP32);
     close_act("out", out.out(), want);
     close_f32("lse", lse.out(), want_lse);
-    attention_backward(d.p, gdout.p, out.p, lse.p, gqkv.p, gstart.p, B, T, NH, NKV, HS);
-    cpu::attention_backward(want_d.data(), dout.data(), want.data(), want_lse.data(), qkv.data(), start.data(), B, T, NH, NKV, HS);
+    attention_backward(d.p, gdout.p, out.p, lse.p, gqkv.p, gstart.p, B, T, NH, NKV, HS, PRECISION_FP32);
+    cpu::attention_backward(want_d.data(), dout.data(), want.data(), want_lse.data(), qkv.data(), start.data(), B, T, NH, NKV, HS, PRECISION_FP32);
     close_act("dqkv", d.out(), want_d, 8e-3, 2e-5);
   }
 }
@@ -565,8 +685,8 @@ static void test_attention_cached(void) {
     Act gqkv(qkv), training((size_t)sequences * T * O), kc(cache), vc(cache);
     Dev<float> glse((size_t)sequences * T * NH);
     Dev<int> gstart(start);
-    attention_forward(training.p, glse.p, gqkv.p, gstart.p, sequences, T, NH, NKV, HS);
-    cpu::attention_forward(want_all.data(), lse.data(), qkv.data(), start.data(), sequences, T, NH, NKV, HS);
+    attention_forward(training.p, glse.p, gqkv.p, gstart.p, sequences, T, NH, NKV, HS, PRECISION_FP32);
+    cpu::attention_forward(want_all.data(), lse.data(), qkv.data(), start.data(), sequences, T, NH, NKV, HS, PRECISION_FP32);
     Floats train = training.out();
     for (int done = 0; done < T; done += done == 0 ? prompt : 1) {
       int rows_each = done == 0 ? prompt : 1, R = rows_each * sequences;
@@ -584,7 +704,7 @@ static void test_attention_cached(void) {
       }
       Act gin(in), out((size_t)R * O);
       Dev<int> gseq(seq), gpos(pos);
-      attention_cached(out.p, kc.p, vc.p, gin.p, gseq.p, gpos.p, R, capacity, NH, NKV, HS);
+      attention_cached(out.p, kc.p, vc.p, gin.p, gseq.p, gpos.p, R, capacity, NH, NKV, HS, PRECISION_FP32);
       close_act("out", out.out(), want);
       CHECK(out.out() == from_training, "NH %d HS %d: the cache gives other bits than training, positions %d..%d", NH, HS, done,
             done + rows_each - 1);
@@ -668,12 +788,80 @@ static void test_optimizer(void) {
     sum_squares(norm.p, gg.p, n);
     cpu::sum_squares(&want_norm, g.data(), n);
     CHECK(fabs(norm.out()[0] - want_norm) <= 1e-12 * want_norm, "sum of squares %.15g, expected %.15g", norm.out()[0], want_norm);
-    adamw_update(gp.p, gm.p, gv.p, gg.p, n, 0.7f, 1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 3);
-    cpu::adamw_update(p.data(), m.data(), v.data(), g.data(), n, 0.7f, 1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 3);
-    close_f32("p", gp.out(), p);
-    close_f32("m", gm.out(), m);
-    close_f32("v", gv.out(), v);
+    Floats before = p;
+    std::vector<Segment> segments;
+    std::vector<cpu::Segment> cpu_segments;   // every second one decays; sizes 8, 16, 24, ...
+    for (size_t first = 0, k = 1; first < n; first += 8 * k++) {
+      segments.push_back({first, (int)(k % 2)});
+      cpu_segments.push_back({first, (int)(k % 2)});
+    }
+    Dev<Segment> gs(segments);
+    for (int t = 3; t < 5; t++) {   // once without segments
+      int count = t == 3 ? (int)segments.size() : 0;
+      adamw_update(gp.p, gm.p, gv.p, gg.p, n, gs.p, count, 0.7f, 1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, t);
+      cpu::adamw_update(p.data(), m.data(), v.data(), g.data(), n, cpu_segments.data(), count, 0.7f, 1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f,
+                        t);
+      close_f32("p", gp.out(), p);
+      close_f32("m", gm.out(), m);
+      close_f32("v", gv.out(), v);
+    }
   }
+  // Where the gradient is 0 what is left is decay.
+  const size_t n = 100;
+  Dev<float> p(Floats(n, 1.0f)), m(n), v(n), g(n);
+  Dev<Segment> segments(std::vector<Segment>({{0, 0}, {24, 1}, {40, 0}, {88, 1}}));
+  adamw_update(p.p, m.p, v.p, g.p, n, segments.p, 4, 1, 0.5f, 0.9f, 0.95f, 1e-8f, 0.5f, 1);
+  Floats got = p.out();
+  for (size_t i = 0; i < n; i++) CHECK(got[i] == ((i >= 24 && i < 40) || i >= 88 ? 0.75f : 1.0f), "p[%zu] = %g", i, got[i]);
+}
+
+/*
+A recorded stretch does with new contents of memory what its ops do, also when the scratch memory has moved in between. The old scratch
+memory is freed, so a graph that still used it would be noticed.
+*/
+static void test_graph(void) {
+  const int R = 3, C = 40, N = 24;
+  Weight w(N, 0, 0, C, PRECISION_BF16, false);
+  w.quantize(1);
+  Act x((size_t)R * C), copy((size_t)R * C), plain((size_t)R * N), replayed((size_t)R * N);
+  GpuQ q((size_t)R, (size_t)C, 1, 8);
+  Dev<float> sum((size_t)N);
+  Graph graph = {NULL, 0, 0};
+  void *scratch = NULL;
+  int recorded = 0;
+  for (int run = 0; run < 8; run++) {
+    if (run % 4 == 0) {
+      dev_free(scratch);
+      scratch = dev_malloc(ops_scratch_bytes((size_t)R, (size_t)N, (size_t)C));
+      ops_set_scratch(scratch, ops_scratch_bytes((size_t)R, (size_t)N, (size_t)C));
+    }
+    Floats in = activations((size_t)R * C, 1), want((size_t)N), start = randoms((size_t)N, 1);
+    dev_floatx_in(x.p, in.data(), in.size());
+    dev_copy_in(sum.p, start.data(), start.size() * sizeof(float));
+    if (dev_graph_begin(&graph)) {
+      dev_copy(copy.p, x.p, (size_t)R * C * sizeof(floatX));
+      act_quant_forward(&q.q, copy.p, R, C);
+      bitlinear_forward(replayed.p, &q.q, &w.g, NULL, R);
+      add_column_sums(sum.p, replayed.p, R, N);   // needs scratch
+      dev_graph_end(&graph);
+    } else {
+      recorded++;
+    }
+    act_quant_forward(&q.q, x.p, R, C);
+    bitlinear_forward(plain.p, &q.q, &w.g, NULL, R);
+    CHECK(plain.same_bits(replayed), "run %d: other bits than the same ops alone", run);
+    Floats y = plain.out();
+    for (int n = 0; n < N; n++) {
+      want[(size_t)n] = start[(size_t)n];
+      float column = 0;
+      for (int r = 0; r < R; r++) column += y[(size_t)r * N + n];
+      want[(size_t)n] += column;
+    }
+    close_f32("sum", sum.out(), want);
+  }
+  CHECK(recorded == 5, "%d of 8 runs were replayed, expected 5: not the first two, and not the one after the move", recorded);
+  dev_graph_free(&graph);
+  dev_free(scratch);
 }
 
 /*
@@ -725,14 +913,14 @@ static void test_packed_documents(void) {
   Act gqkv(qkv), out((size_t)T * O);
   Dev<float> lse((size_t)T * NH);
   Dev<int> gstart(start);
-  attention_forward(out.p, lse.p, gqkv.p, gstart.p, 1, T, NH, NKV, HS);
+  attention_forward(out.p, lse.p, gqkv.p, gstart.p, 1, T, NH, NKV, HS, PRECISION_FP32);
   Floats packed = out.out();
   for (int i = 0, t = 0; i < 4; t += lengths[i++]) {
     size_t n = (size_t)lengths[i];
     Act alone(Floats(qkv.begin() + (long)t * QKV, qkv.begin() + (long)(t + lengths[i]) * QKV)), result(n * O);
     Dev<float> log_sums(n * NH);
     Dev<int> zeros(Ints(n, 0));
-    attention_forward(result.p, log_sums.p, alone.p, zeros.p, 1, lengths[i], NH, NKV, HS);
+    attention_forward(result.p, log_sums.p, alone.p, zeros.p, 1, lengths[i], NH, NKV, HS, PRECISION_FP32);
     CHECK(result.out() == Floats(packed.begin() + (long)t * O, packed.begin() + (long)(t + lengths[i]) * O), "document %d differs", i);
   }
 }
@@ -749,8 +937,8 @@ static void test_repeatable(void) {
     Dev<float> lse((size_t)R * NH), dwte((size_t)V * C), dgain(C), gain(randoms(C, 0)), rstd((size_t)R);
     Dev<int> gstart(start), gtokens(tokens);
     reserve_scratch((size_t)R, 300, 300);
-    attention_forward(out.p, lse.p, gqkv.p, gstart.p, B, T, NH, NKV, HS);
-    attention_backward(d.p, gdout.p, out.p, lse.p, gqkv.p, gstart.p, B, T, NH, NKV, HS);
+    attention_forward(out.p, lse.p, gqkv.p, gstart.p, B, T, NH, NKV, HS, PRECISION_FP32);
+    attention_backward(d.p, gdout.p, out.p, lse.p, gqkv.p, gstart.p, B, T, NH, NKV, HS, PRECISION_FP32);
     embedding_backward(dwte.p, gdout.p, gtokens.p, R, V, C);
     rmsnorm_backward(out.p, dgain.p, gdout.p, out.p, gain.p, rstd.p, R, C);
     std::vector<Floats> all = {d.out(), dwte.out(), dgain.out(), lse.out()};
@@ -794,6 +982,12 @@ __global__ void lonely_shuffle_kernel(int *out) {
   if (threadIdx.x < 16) out[threadIdx.x] = __shfl_xor_sync(FULL, 1, 1);
 }
 
+static void run_copy_while_recording(void *arg) {
+  float x = 0;
+  Graph g = {NULL, 1, 0};
+  if (dev_graph_begin(&g)) dev_copy_in(arg, &x, sizeof x);
+}
+
 static void run_divergent(void *arg) {
   (void)arg;
   LAUNCH(divergent_kernel, 1, 64, 0, 63);
@@ -832,6 +1026,8 @@ static void test_emulator(void) {
   emu_order = kept;
   CHECK(run_child(run_divergent, NULL, err, sizeof err) != 0 && strstr(err, "deadlock"), "a barrier that one thread misses: %s", err);
   CHECK(run_child(run_lonely_shuffle, out.p, err, sizeof err) != 0 && strstr(err, "deadlock"), "a shuffle of half a warp: %s", err);
+  CHECK(run_child(run_copy_while_recording, f.p, err, sizeof err) != 0 && strstr(err, "inside a recording"), "a copy in a graph: %s",
+        err);
   CHECK(run_child(run_too_much_shared, f.p, err, sizeof err) != 0 && strstr(err, "shared memory"), "60 KB of shared memory: %s", err);
 }
 #endif
@@ -848,14 +1044,17 @@ static const Test TESTS[] = {
     {"norm_quant", "norm and codes in one pass", test_norm_quant},
     {"weight_quantize", "codes, gamma of the parts, mixes, NaN", test_weight_quantize},
     {"bitlinear_forward", "integers equal; mixes; float activations; bias, residual", test_bitlinear_forward},
+    {"packed_weights", "2-bit weights: codes, scales, products", test_packed},
     {"bitlinear_backward", "dx, dw, dbias; conversion in pieces", test_bitlinear_backward},
     {"linear", "the classifier, both ways, in pieces", test_linear},
+    {"head", "tables of a model that only runs; the largest logit", test_head},
     {"rope", "there and back", test_rope},
     {"attention", "forward, backward; GQA, documents, three head sizes", test_attention},
     {"attention_cached", "against the CPU, and the bits of training", test_attention_cached},
     {"glu", "both gates, with and without norm", test_glu},
     {"cross_entropy", "losses, gradients, ignored rows", test_cross_entropy},
     {"optimizer", "sum of squares, AdamW", test_optimizer},
+    {"graph", "recorded ops, new contents, moved scratch", test_graph},
     {"rows_alone", "a row's bits do not depend on the rows beside it", test_rows_alone},
     {"packed_documents", "attention of a document does not notice its neighbours", test_packed_documents},
     {"repeatable", "the same bits twice", test_repeatable},

@@ -533,7 +533,13 @@ static void load_float_acts_(void *dir) {
   model_load_frozen(&m, (const char *)dir, PRECISION_BF16);
 }
 
-// What a frozen model refuses, with an exit code and a message.
+static void ask_fp32_(void *unused) {
+  (void)unused;
+  refuse_precision(PRECISION_BF16);
+  refuse_precision(PRECISION_FP32);
+}
+
+// What a frozen model refuses, with an exit code and a message; and fp32 products, where activations are bf16.
 static void test_frozen_refuses(void) {
   Config c = small_config_(CONVERTED_STYLE);
   Model m;
@@ -543,6 +549,9 @@ static void test_frozen_refuses(void) {
   const char *dir = saved_model_(&m);
   int code = run_child(load_float_acts_, (void *)dir, err, sizeof err);
   CHECK(code == EXIT_USAGE && strstr(err, "act_bits") != NULL, "float activations: exit %d, %s", code, err);
+  int refused = sizeof(floatX) == sizeof(float) ? 0 : EXIT_USAGE;
+  code = run_child(ask_fp32_, NULL, err, sizeof err);
+  CHECK(code == refused && (strstr(err, "precision=fp32") != NULL) == (refused != 0), "fp32: exit %d, %s", code, err);
   // A tensor that is not finite is found by the frozen loader, too.
   float bad = NAN;
   c = small_config_(BITNET_STYLE);

@@ -945,7 +945,7 @@ static void test_adamw(void) {
       g[i] = (float)(size * rng_normal(5, RNG_TEST, (uint64_t)(t * N + i)));
     }
     dev_copy_in(dev_g, g, N * sizeof(float));
-    adamw_update(p, m, v, dev_g, N, gscale, lr, beta1, beta2, eps, wd, t);
+    adamw_update(p, m, v, dev_g, N, NULL, 0, gscale, lr, beta1, beta2, eps, wd, t);
     for (int i = 0; i < N; i++) {
       double gi = (double)g[i] * (double)gscale;
       dm[i] = (double)beta1 * dm[i] + (1 - (double)beta1) * gi;
@@ -1204,7 +1204,7 @@ static void run_optimizer_(OpResults_ *o, const OpInputs_ *in) {
   float *p = dev_floats_(in->x, count), *m = dev_floats_(NULL, count), *v = dev_floats_(NULL, count);
   float *g = dev_floats_(in->dc, count);
   double *sum = (double *)dev_memory_(sizeof(double));
-  for (int t = 1; t <= 3; t++) adamw_update(p, m, v, g, count, 0.7f, 1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, t);
+  for (int t = 1; t <= 3; t++) adamw_update(p, m, v, g, count, NULL, 0, 0.7f, 1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, t);
   sum_squares(sum, p, count);
   KEEP_SUM("adamw p", p, count);
   KEEP_SUM("adamw m", m, count);

@@ -599,7 +599,7 @@ static void test_ref_optimizer(void) {
   const float *a = ref_floats_("adamw.args", NULL);   // gscale, lr, beta1, beta2, eps, weight decay
   float *p = ref_param_("adamw.p"), *g = ref_param_("adamw.g"), *m = ref_param_room_("adamw.p"), *v = ref_param_room_("adamw.p");
   for (int t = 1; t <= 3; t++) {
-    adamw_update(p, m, v, g, n, t < 3 ? a[0] : 0.5f * a[0], a[1], a[2], a[3], a[4], a[5], t);
+    adamw_update(p, m, v, g, n, NULL, 0, t < 3 ? a[0] : 0.5f * a[0], a[1], a[2], a[3], a[4], a[5], t);
     expect_param_(ref_name_("adamw.%d.p", t), p, 1e-6);
     expect_param_(ref_name_("adamw.%d.m", t), m, 1e-6);
     expect_param_(ref_name_("adamw.%d.v", t), v, 1e-6);

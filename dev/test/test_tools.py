@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tests of dev/status.py, plot.py, follow.py and cost.py on run folders made here.
+"""Tests of dev/status.py, plot.py, follow.py and cost.py on run folders made here, and of what bench_torch_cuda.py does without a GPU.
 
     python dev/test/test_tools.py           # matplotlib, tensorboard and wandb are used where they are installed
 
@@ -233,9 +233,34 @@ def test_cost(tmp):
         check(found and int(found.group(1)) == numbers(preset, "--vocab", 32000)["parameters"], f"{preset}: the program says {found and found.group(1)} {p.stderr}")
 
 
+def test_bench_torch_cuda():
+    if not has("torch"):
+        print("note: torch is not installed; bench_torch_cuda.py was not tried")
+        return
+    import bench_torch_cuda as bench
+
+    rows = "peak  1 2\ntrain_step    x B=8 T=1024 lambda=1    1.234e+05 tokens/s\ntrain_step    x B=8 T=1024 lambda=0.5   98760 tokens/s\n"
+    check(bench.parse_rows(rows) == {"1": 123400.0, "0.5": 98760.0}, f"{bench.parse_rows(rows)}")
+    try:
+        bench.parse_rows(rows.replace("lambda=0.5", "lambda=0.4"))
+        check(False, "rows of another lambda are accepted")
+    except RuntimeError as e:
+        check("something else" in str(e), f"{e}")
+    check(bench.largest_batch(lambda n: n * 2 if n <= 12 else None) == (8, 16), "the largest batch of 12 is 8")
+    check(bench.largest_batch(lambda n: None) == (0, None), "no batch fits")
+    matrices = 12 * (4 * 768 * 768 + 3 * 768 * 2048) + 50257 * 768
+    check(bench.operations_per_token("124m_t1024") == 6 * matrices + 6 * 1024 * 768 * 12, "operations of a token")
+    text = open(os.path.join(ROOT, "modes", "bench.h")).read()
+    for name, shape in bench.MODELS.items():   # the two programs run the same shapes
+        found = re.search(r'{"%s", \d+, 1024, ([\d, ]+)}' % re.escape(name), text)
+        check(found and tuple(map(int, found[1].split(","))) == shape, f"{name}: bench.h has {found and found[1]}")
+    if not bench.torch.cuda.is_available():
+        tool("bench_torch_cuda", code=2, words=["no GPU"])
+
+
 def main():
     with tempfile.TemporaryDirectory() as tmp:
-        for test in (test_status, test_anomalies, test_plot, test_follow, test_cost):
+        for test in (test_status, test_anomalies, test_plot, test_follow, test_cost, test_bench_torch_cuda):
             folder = f"{tmp}/{test.__name__}"
             os.makedirs(folder)
             test(folder) if test.__code__.co_argcount else test()
