@@ -16,6 +16,7 @@ is an answer that equals the true one character by character.
 
 #include "../bitnet/losses.h"
 #include "../bitnet/trainer.h"
+#include "eval_tasks.h"
 #include "generate.h"
 
 enum { EVAL_SEQUENCES = 256, EVAL_SAMPLES = 8 };
@@ -192,6 +193,10 @@ UNUSED static void evaluation_samples(void *ctx, Model *m, StrBuf *b) {
 }
 
 UNUSED static void mode_eval(Options *o) {
+  if (o->task != TASK_NONE) {
+    mode_eval_task(o);
+    return;
+  }
   char dir[4096];
   Model m;
   Tokenizer tok;
