@@ -263,7 +263,7 @@ UNUSED static Span answer_final(const char *text, int *stated) {
 }
 
 /*
-The number that a text gives as its answer ("#### 1,080", "so it costs $3.50."): 1 and *value, or 0 if there is none. Behind an
+The number that a text gives as its answer ("#### 1,080", "so it costs $3.50."): 1 and *value, or 0 and 0 if there is none. Behind an
 explicit mark must stand one number only, or one behind the last "=": several are no answer, however many of them are right.
 */
 UNUSED static int answer_number(const char *text, double *value) {
@@ -276,6 +276,7 @@ UNUSED static int answer_number(const char *text, double *value) {
     a.n -= i;
     break;
   }
+  *value = 0;
   for (size_t at = 0; number_next_(a.s, a.n, at, &number); at = number.end) {
     *value = number.value;
     found++;

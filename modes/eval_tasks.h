@@ -71,23 +71,31 @@ static void replace_all_(StrBuf *b, const char *from, const char *to) {
   *b = out;
 }
 
-// From each `open` to the next `close` the blanks inside go away; drop: all of it goes. Equal marks are taken in pairs.
-static void trim_inside_(StrBuf *b, char open, char close, int drop) {
+// From each `open` to the next `close` the blanks inside go away. Equal marks are taken in pairs.
+static void trim_inside_(StrBuf *b, char open, char close) {
   StrBuf out = {NULL, 0, 0};
   const char *at = b->data, *first, *last;
   strbuf_append(&out, "", 0);
   while ((first = strchr(at, open)) != NULL && (last = strchr(first + 1, close)) != NULL) {
-    strbuf_append(&out, at, (size_t)(first - at));
-    if (!drop) {
-      strbuf_append(&out, &open, 1);
-      put_stripped_(&out, first + 1, (size_t)(last - first - 1));
-      strbuf_append(&out, &close, 1);
-    }
+    strbuf_append(&out, at, (size_t)(first + 1 - at));
+    put_stripped_(&out, first + 1, (size_t)(last - first - 1));
+    strbuf_append(&out, &close, 1);
     at = last + 1;
   }
   strbuf_append(&out, at, strlen(at));
   strbuf_free(b);
   *b = out;
+}
+
+// Takes out everything in square brackets that is closed on the same line.
+static void drop_brackets_(StrBuf *b) {
+  size_t n = 0;
+  for (const char *at = b->data; *at;) {
+    size_t inside = *at == '[' ? strcspn(at, "]\n") : 0;
+    if (inside > 0 && at[inside] == ']') at += inside + 1;
+    else b->data[n++] = *at++;
+  }
+  b->data[b->len = n] = 0;
 }
 
 static size_t count_characters_(const char *s) {
@@ -102,7 +110,7 @@ static char *hellaswag_text_(const char *s) {
   strbuf_append(&b, "", 0);
   put_stripped_(&b, s, strlen(s));
   replace_all_(&b, " [title]", ". ");
-  trim_inside_(&b, '[', ']', 1);
+  drop_brackets_(&b);
   replace_all_(&b, "  ", " ");
   return b.data;
 }
@@ -117,11 +125,11 @@ static char *wikitext_text_(const char *s) {
   strbuf_append(&b, s, strlen(s));
   replace_all_(&b, "s '", "s'");
   for (size_t i = 0; i < ARRAY_LEN(pairs); i++) replace_all_(&b, pairs[i][0], pairs[i][1]);
-  trim_inside_(&b, '(', ')', 0);
-  trim_inside_(&b, '[', ']', 0);
-  trim_inside_(&b, '{', '}', 0);
-  trim_inside_(&b, '"', '"', 0);
-  trim_inside_(&b, '\'', '\'', 0);
+  trim_inside_(&b, '(', ')');
+  trim_inside_(&b, '[', ']');
+  trim_inside_(&b, '{', '}');
+  trim_inside_(&b, '"', '"');
+  trim_inside_(&b, '\'', '\'');
   for (size_t i = 0; i < ARRAY_LEN(later); i++) replace_all_(&b, later[i][0], later[i][1]);
   return b.data;
 }

@@ -1,9 +1,10 @@
 /*
 test_eval.h: tests of answers and their scores, of question files, and of the evaluation modes that use them.
 
-What it is:  pairs of texts with the score that they must get, worked out by hand or by NLTK's stemmer.
+What it is:  pairs of texts with the score that they must get, worked out by hand or by NLTK's stemmer; log-probabilities with the
+             cache against ones without; runs of the program on a tiny model.
 What not:    the comparison with other evaluators: dev/test/test_eval.py.
-Read before: check.h, bitnet/rewards.h, bitnet/qa.h.
+Read before: test_model.h and test_run.h, whose helpers it uses; bitnet/rewards.h, bitnet/qa.h, modes/eval_tasks.h.
 Defines:     EVAL_TESTS, the rows for the table of tests.
 */
 #ifndef TEST_EVAL_H
@@ -11,7 +12,10 @@ Defines:     EVAL_TESTS, the rows for the table of tests.
 
 #include "../../bitnet/qa.h"
 #include "../../bitnet/rewards.h"
+#include "../../modes/eval_tasks.h"
 #include "check.h"
+#include "test_model.h"
+#include "test_run.h"
 
 // ---------------------------------------------------------------------------------------------------------
 // Stems and token F1.
@@ -242,6 +246,270 @@ static void test_qa_refuses(void) {
   CHECK(run_child(load_qa_, missing, err, sizeof err) == EXIT_USAGE && strstr(err, "/nowhere/x.jsonl"), "missing: %s", err);
 }
 
+// ---------------------------------------------------------------------------------------------------------
+// Log-probabilities.
+
+// The same by the plainest way: a session of one sequence for this item alone, all its rows at once.
+static double plain_logp_(Model *m, const Continuation *c, int *greedy) {
+  Session s;
+  int seq[256] = {0}, pos[256], V = m->c.vocab;
+  double logp = 0;
+  session_open(&s, m, 1, c->n - 1, c->n - 1, 0);
+  for (int i = 0; i < c->n - 1; i++) pos[i] = i;
+  session_rows(&s, c->ids, seq, pos, c->n - 1);
+  *greedy = 1;
+  for (int i = c->n_context - 1; i < c->n - 1; i++) {
+    const float *z = session_logits(&s, i, 1);
+    double sum = 0;
+    int target = c->ids[i + 1], rank = 0;
+    for (int v = 0; v < V; v++) sum += exp((double)z[v] - (double)z[target]);
+    for (int v = 0; v < V; v++) rank += z[v] > z[target] || (z[v] == z[target] && v < target);
+    *greedy &= rank == 0;
+    logp -= log(sum);
+  }
+  session_free(&s);
+  return logp;
+}
+
+// Many items with common beginnings, more than there are sequences and rows: nothing of an item's result depends on the others.
+static void test_likelihoods(void) {
+  for (int style = 0; style < N_STYLES; style++) {
+    Config c = small_config_(style);
+    Model m;
+    Continuations list;
+    memset(&list, 0, sizeof list);
+    open_model_(&m, &c, PRECISION_FP32, 1, 0, 0, 0);
+    model_quantize(&m, c.act_bits ? 1.0f : 0.0f);
+    int before[256];
+    for (int i = 0; i < 150; i++) {
+      int n = i % 20 == 7 ? 2 : 3 + test_below_(i % 10 == 3 ? 150 : 40), keep = i % 4 ? test_below_(n) : 0;
+      int *ids = (int *)xmalloc((size_t)n * sizeof(int));
+      for (int k = 0; k < n; k++) before[k] = ids[k] = i > 0 && k < keep ? before[k] : test_below_(c.vocab);
+      continuation_push_(&list, ids, n, 1 + test_below_(n - 1));
+      if (i % 5 == 0) {   // the whole text again, and another cut between context and continuation
+        int *same = (int *)xmalloc((size_t)n * sizeof(int));
+        memcpy(same, ids, (size_t)n * sizeof(int));
+        continuation_push_(&list, same, n, 1 + test_below_(n - 1));
+      }
+    }
+    // Some continuations are what the model would say.
+    for (size_t i = 0; i < list.n; i += 3) {
+      Continuation *x = &list.items[i];
+      for (int v = 0, yes = 0; v < c.vocab && !yes && x->n_context == x->n - 1; v++) {
+        x->ids[x->n - 1] = v;
+        plain_logp_(&m, x, &yes);
+      }
+    }
+    likelihoods(&m, &list);
+    int said = 0, wrong = 0;
+    double worst = 0;
+    for (size_t i = 0; i < list.n; i++) {
+      const Continuation *x = &list.items[i];
+      int greedy;
+      double want = plain_logp_(&m, x, &greedy), d = fabs(x->logp - want) / fmax(1, fabs(want));
+      worst = d > worst || isnan(d) ? d : worst;
+      wrong += greedy != x->greedy;
+      said += greedy;
+    }
+    CHECK(worst <= 1e-12, "style %d: relative error %.3g", style, worst);
+    CHECK(wrong == 0 && said >= 3 && said < (int)list.n, "style %d: %d of %zu greedy, %d wrong", style, said, list.n, wrong);
+    continuations_free(&list);
+    model_free(&m);
+    end_test_();
+  }
+}
+
+// Which tokens are context and which are scored.
+static void test_continuations(void) {
+  Tokenizer t;
+  Continuations list;
+  tokenizer_arithmetic(&t);
+  memset(&list, 0, sizeof list);
+  int one[2], two[2];
+  CHECK(tokenizer_encode(&t, "1", 1, one, 2) == 1 && tokenizer_encode(&t, "2", 1, two, 2) == 1, "digits are tokens");
+  CHECK(continuation_add(&list, &t, "1+1=", "22", 8) == 1 && list.items[0].n == 6 && list.items[0].n_context == 4, "plain");
+  CHECK(list.items[0].ids[0] == one[0] && list.items[0].ids[5] == two[0], "ids");
+  CHECK(continuation_add(&list, &t, "1+1=", "22", 5) == 1 && list.items[1].n == 6 && list.cut == 0,
+        "fits exactly: the last id is no input");
+  CHECK(continuation_add(&list, &t, "1+1=", "22", 3) == 1 && list.items[2].n == 4 && list.items[2].n_context == 2 && list.cut == 1,
+        "cut");
+  CHECK(continuation_add(&list, &t, "1+1=", "22", 2) == 1 && list.items[3].n == 3 && list.items[3].n_context == 1,
+        "one id of context");
+  CHECK(continuation_add(&list, &t, "1+1=", "22", 1) == 0 && list.n == 4, "too long an answer");
+  CHECK(continuation_add(&list, &t, "", "22", 8) == 1 && list.items[4].n == 3 && list.items[4].n_context == 1, "no context");
+  CHECK(list.items[4].ids[0] == first_token_(&t) && list.items[4].ids[1] == two[0], "no context: the first token");
+  CHECK(continuation_add(&list, &t, "", "", 8) == 0, "nothing at all");
+  CHECK(continuation_add(&list, &t, "1 ", "2", 8) == 1 && list.items[5].n_context == 1 && list.items[5].n == 3,
+        "the blank is the answer's");
+  continuations_free(&list);
+
+  // Windows: every token once, each behind the one before it.
+  static const int lengths[] = {1, 4, 5, 6, 10, 11, 23};
+  for (size_t k = 0; k < ARRAY_LEN(lengths); k++) {
+    enum { MAX = 5 };
+    char text[64] = "";
+    int ids[64], n = lengths[k], next = 0;
+    for (int i = 0; i < n; i++) text[i] = (char)('0' + i * 7 % 10);
+    tokenizer_encode(&t, text, (size_t)n, ids, 64);
+    continuation_add_windows(&list, &t, text, (size_t)n, MAX);
+    for (size_t i = 0; i < list.n; i++) {
+      const Continuation *c = &list.items[i];
+      CHECK(c->n <= MAX + 1 && c->n_context >= 1 && c->n_context < c->n, "window %zu of %d tokens: %d, %d", i, n, c->n, c->n_context);
+      CHECK(i == 0 || c->n == MAX + 1, "window %zu of %d tokens is filled up", i, n);
+      for (int j = 0; j < c->n; j++) {
+        int at = next - c->n_context + j;
+        CHECK(c->ids[j] == (at < 0 ? first_token_(&t) : ids[at]), "window %zu of %d tokens: id %d", i, n, j);
+      }
+      next += c->n - c->n_context;
+    }
+    CHECK(next == n, "%d of %d tokens are predicted", next, n);
+    continuations_free(&list);
+  }
+  tokenizer_free(&t);
+}
+
+// The expected texts were printed by the harness's own functions.
+static void test_task_texts(void) {
+  static const char page[] =
+      " = A = \n \n = = B C = = \n the boys ' 3 @.@ 5 , 1 @,@ 000 - ( x y ) [ \xC2\xA0z ] \" q r \" ; N ' s t ' "
+      "5 \xC2\xB0 C @-@ d ? ! the cat 's ( open";
+  static const char want[] =
+      " = A =\n\n== B C ==\nthe boys'3.5, 1,000 - (x y) [z] \"q r\"; N' s t '5\xC2\xB0"
+      "C-d ?! the cat's ( open";
+  static const char *const pairs[][2] = {{"  a [title] b [step]  c   d [x ", "a. b  c  d [x"},
+                                         {"[header] go [sub\nstep] on", " go [sub\nstep] on"},
+                                         {"[a\nb [c] d", "[a\nb d"},
+                                         {"", ""}};
+  char *got = wikitext_text_(page);
+  CHECK(strcmp(got, want) == 0, "wikitext: %s", got);
+  free(got);
+  for (size_t i = 0; i < ARRAY_LEN(pairs); i++) {
+    got = hellaswag_text_(pairs[i][0]);
+    CHECK(strcmp(got, pairs[i][1]) == 0, "hellaswag: '%s'", got);
+    free(got);
+  }
+  CHECK(count_characters_("\xC3\xA9t\xC3\xA9") == 3, "characters");
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The program on a tiny model.
+
+// A run folder made once for the tests below.
+static const char *eval_run_(void) {
+  static char run[4096];
+  if (run[0] == 0) {
+    CHECK(program_("", TINY "run_dir=%s steps=30", test_dir()) == 0, "%s", run_err);
+    snprintf(run, sizeof run, "%s", last_run_());
+  }
+  return run;
+}
+
+// The JSON file that the program wrote, in static storage until the next call.
+static const Json *eval_json_(const char *path) {
+  static JsonDoc doc;
+  char err[256] = "cannot be read";
+  size_t len;
+  json_free(&doc);
+  char *text = read_file(path, &len);
+  int ok = text && json_parse(&doc, text, len, err, sizeof err);
+  CHECK(ok, "%s: %s", path, err);
+  free(text);
+  return doc.root;
+}
+
+static void test_task_run(void) {
+  static const char arc[] =
+      "{\"query\": \"1+2\", \"choices\": [\"3\", \"44\"], \"gold\": 0}\n\n"
+      "{\"query\": \"2+5\", \"choices\": [\"1\", \"7\", \"2\"], \"gold\": 1}\n"
+      "{\"question\": \"2+6\", \"choices\": {\"text\": [\"8\", \"9\"], \"label\": [\"A\", \"B\"]}, \"answerKey\": \"B\"}\n";
+  char path[700], out[710];
+  snprintf(path, sizeof path, "%s", eval_file_("arc.jsonl", arc));
+  snprintf(out, sizeof out, "%s.out", path);
+  CHECK(program_("", "eval %s task=arc file=%s results=%s", eval_run_(), path, out) == 0, "%s", run_err);
+  CHECK(strstr(run_out, "arc ") && strstr(run_out, "acc_norm"), "table: %s", run_out);
+  const Json *root = eval_json_(out), *items = json_get(root, "items"), *results = json_get(root, "results");
+  CHECK(items && items->count == 3 && results && results->count == 2, "items and results");
+  double right = 0, acc = -1, error = -1;
+  static const int lines[] = {1, 3, 4}, golds[] = {0, 1, 1};
+  int i = 0;
+  for (const Json *v = items ? items->child : NULL; v; v = v->next, i++) {
+    const Json *logp = json_get(v, "logp");
+    int best = 0, k = 0;
+    double top = -INFINITY;
+    for (const Json *x = logp->child; x; x = x->next, k++) {
+      CHECK(x->d < 0, "log-probability %g", x->d);
+      if (x->d > top) {
+        top = x->d;
+        best = k;
+      }
+    }
+    CHECK(json_get_int(v, "line", 0) == lines[i] && json_get_int(v, "gold", -1) == golds[i] && json_get_int(v, "pred", -1) == best,
+          "item %d", i);
+    right += best == golds[i];
+  }
+  if (results && results->child) {
+    acc = json_get_number(results->child, "value", -1);
+    error = json_get_number(results->child, "stderr", -1);
+  }
+  CHECK(fabs(acc - right / 3) < 1e-12 && fabs(error - sqrt(acc * (1 - acc) / 2)) < 1e-12, "acc %g, standard error %g", acc, error);
+
+  // limit; a text in windows; the same numbers whatever the number of threads.
+  CHECK(program_("", "eval %s task=arc file=%s limit=2 threads=1", eval_run_(), path) == 0 && strstr(run_out, "     2\n"), "limit: %s",
+        run_out);
+  snprintf(path, sizeof path, "%s", eval_file_("w.jsonl", "{\"page\": \"1+2=3 4+5=9 1+1=2 7-6=1\"}\n{\"text\": \"9-9=0\"}\n"));
+  static char first[sizeof run_out];
+  CHECK(program_("", "eval %s task=wikitext file=%s threads=1", eval_run_(), path) == 0 && strstr(run_out, "bits_per_byte"), "%s",
+        run_err);
+  snprintf(first, sizeof first, "%s", run_out);
+  CHECK(program_("", "eval %s task=wikitext file=%s threads=3", eval_run_(), path) == 0 && strcmp(first, run_out) == 0, "threads: %s",
+        run_out);
+  end_test_();
+}
+
+static void test_task_refuses(void) {
+  static const struct { const char *task, *more, *text, *words[2];
+  } cases[] = {
+      {"arc",
+       "",
+       "{\"query\": \"q\", \"choices\": [\"a\", \"b\"], \"gold\": 0}\n{\"query\": \"q\", \"choices\": [\"a\", \"b\"], \"gold\": 2}\n",
+       {"r.jsonl:2: gold", "0 to 1"}},
+      {"arc", "", "{\"query\": \"q\", \"choices\": [\"a\"], \"gold\": 0}\n", {"r.jsonl:1: choices", "query, choices, gold"}},
+      {"arc", "", "{\"query\": \"q\", \"choices\": [\"a\", 1], \"gold\": 0}\n", {"r.jsonl:1: choices", "texts"}},
+      {"arc",
+       "",
+       "{\"question\": \"q\", \"choices\": {\"text\": [\"a\", \"b\"], \"label\": [\"A\", \"B\"]}, \"answerKey\": \"C\"}\n",
+       {"r.jsonl:1: answerKey", "labels"}},
+      {"arc",
+       "",
+       "{\"query\": \"1234567890\", \"choices\": [\"1234567890\", \"1\"], \"gold\": 0}\n",
+       {"r.jsonl:1: answer 1", "context"}},
+      {"hellaswag",
+       "",
+       "{\"activity_label\": \"x\", \"ctx_a\": \"a\", \"endings\": []}\n",
+       {"r.jsonl:1: ctx_b", "activity_label, ctx_a"}},
+      {"mmlu", "", "{\"subject\": \"s\", \"question\": 1}\n", {"r.jsonl:1: question", "a text"}},
+      {"mmlu", "shots=2", "", {"shots_file", "shots=2"}},
+      {"winogrande",
+       "",
+       "{\"context_options\": [\"a\"], \"continuation\": \"c\", \"gold\": 0}\n",
+       {"r.jsonl:1: context_options", "2 texts"}},
+      {"winogrande", "", "{\"sentence\": \"no gap\", \"answer\": \"1\"}\n", {"r.jsonl:1: sentence", "gap"}},
+      {"truthfulqa", "", "{\"question\": \"q\", \"mc1_targets\": {\"a\": 0, \"b\": 0}}\n", {"r.jsonl:1: mc1_targets", "right"}},
+      {"truthfulqa", "shots=3", "", {"task=truthfulqa", "no examples"}},
+      {"lambada", "", "{\"text\": \"word\"}\n", {"r.jsonl:1: text", "several words"}},
+      {"wikitext", "", "{\"pages\": \"x\"}\n", {"r.jsonl:1: text", "pages"}},
+      {"wikitext", "", "\n\n", {"r.jsonl", "found none"}},
+      {"arc", "", "[\n", {"r.jsonl:1", "offset"}},
+      {"hellasweg", "", "", {"task: expected one of", "hellaswag"}}};
+  for (size_t i = 0; i < ARRAY_LEN(cases); i++) {
+    int code =
+        program_("", "eval %s task=%s file=%s %s", eval_run_(), cases[i].task, eval_file_("r.jsonl", cases[i].text), cases[i].more);
+    CHECK(code == EXIT_USAGE, "case %zu: exit code %d: %s", i, code, run_err);
+    for (int k = 0; k < 2; k++) CHECK(strstr(run_err, cases[i].words[k]), "case %zu: no '%s' in: %s", i, cases[i].words[k], run_err);
+  }
+  CHECK(program_("", "eval %s task=arc", eval_run_()) == EXIT_USAGE && strstr(run_err, "file="), "no file: %s", run_err);
+}
+
 #define EVAL_TESTS                                                                                      \
   {"eval_stem", "English word stems as NLTK's", test_stem},                                             \
   {"eval_f1", "token F1 and exact match", test_reward_f1},                                              \
@@ -250,6 +518,11 @@ static void test_qa_refuses(void) {
   {"eval_arithmetic", "the checker of 12+34=", test_reward_arithmetic},                                 \
   {"eval_reasoning", "<think>, and steps compared", test_reward_reasoning},                             \
   {"eval_qa_load", "question files, .json and .jsonl", test_qa_load},                                   \
-  {"eval_qa_refuses", "bad question files exit 2 with file and line", test_qa_refuses}
+  {"eval_qa_refuses", "bad question files exit 2 with file and line", test_qa_refuses},                    \
+  {"eval_likelihoods", "cached and side by side = one by one", test_likelihoods},                       \
+  {"eval_continuations", "context and continuation, windows of a text", test_continuations},            \
+  {"eval_texts", "texts of HellaSwag and WikiText", test_task_texts},                                   \
+  {"eval_task_run", "a benchmark on a tiny model: table, JSON, threads", test_task_run},                \
+  {"eval_task_refuses", "bad records and options exit 2 with file and line", test_task_refuses}
 
 #endif

@@ -122,7 +122,7 @@ def made_items(text, n):
         return " ".join(words[at:at + rng.randint(lo, hi)])
     items = {t: [] for t in ("hellaswag", "arc", "mmlu", "winogrande", "truthfulqa", "lambada", "wikitext")}
     for i in range(n):
-        mark = rng.choice(["", " [title]", " [step] x  y", " [substeps]"])
+        mark = rng.choice(["", " [title]", " [step] x  y", " [substeps]", " [open", " [over\nlines] [x]"])
         items["hellaswag"].append({"activity_label": say(1, 3), "ctx_a": say(5, 20) + mark, "ctx_b": say(1, 3), "label": str(rng.randrange(4)),
                                    "endings": [say(3, 15) + rng.choice(["", mark + " " + say(1, 3)]) for _ in range(4)]})
         k = rng.randint(3, 5)
