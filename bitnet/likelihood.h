@@ -193,7 +193,7 @@ UNUSED static void likelihoods(Model *m, Continuations *list) {
   for (size_t i = 0; i < n; i++) capacity = list->items[i].n - 1 > capacity ? list->items[i].n - 1 : capacity;
   size_t bytes = (size_t)m->c.layers * 2 * (size_t)(m->c.kv_heads * m->c.head_dim) * sizeof(floatX) * (size_t)(capacity + KV_BLOCK);
   size_t slots = LIKELIHOOD_CACHE / bytes;
-  slots = slots > LIKELIHOOD_SLOTS ? LIKELIHOOD_SLOTS : slots;
+  slots = slots > LIKELIHOOD_SLOTS ? (size_t)LIKELIHOOD_SLOTS : slots;
   slots = slots > n ? n : slots;
   slots = slots < 1 ? 1 : slots;
   session_open(&s, m, (int)slots, capacity, LIKELIHOOD_ROWS, m->frozen);

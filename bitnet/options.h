@@ -131,6 +131,10 @@ default, names separated by |, help; its value is the index of the name. A switc
   TEXT(INFERENCE, shots_file, "", "eval: records that the examples are taken from, the first ones")                                 \
   INT(INFERENCE, limit, 0, 0, INT_MAX, "eval: only the first records of the file; 0 = all")                                         \
   TEXT(INFERENCE, results, "", "eval: write all scores as JSON to this file")                                                       \
+  TEXT(INFERENCE, vs, "", "eval task=qa: a second model that answers the same questions")                                           \
+  CHOICE(INFERENCE, qa_template, 1, "plain|seed003|chatml", "eval task=qa: how a question becomes a prompt")                        \
+  INT(INFERENCE, second_pass, 0, 0, 1, "eval task=qa: each model sees its answer and second_prompt, and answers again")             \
+  TEXT(INFERENCE, second_prompt, "Review and correct the answer:", "eval task=qa: a text, or a file that holds it")                 \
   INT(INFERENCE, overlap, 0, 0, 1 << 24, "perplexity: tokens of a window that are only context")                                    \
   TEXT(INFERENCE, ids, "", "token ids, separated by blanks or commas")                                                              \
   REAL(INFERENCE, lambda, 1, 0, 1, "1 = the ternary model, 0 = its float master weights")                                           \

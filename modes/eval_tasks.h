@@ -540,6 +540,7 @@ typedef struct {
   char name[96];
   const char *metric;
   double value, error;   // error: standard error, NAN where there is none
+  double lo, hi;         // 95 % interval, NAN where there is none
   size_t n;
 } ReportRow;
 
@@ -555,7 +556,14 @@ static void report_add(Report *r, const char *name, const char *metric, double v
   row->metric = metric;
   row->value = value;
   row->error = error;
+  row->lo = row->hi = NAN;
   row->n = n;
+}
+
+// Gives the newest row an interval.
+static void report_interval(Report *r, double lo, double hi) {
+  r->rows[r->n - 1].lo = lo;
+  r->rows[r->n - 1].hi = hi;
 }
 
 static void report_print(const Report *r) {
@@ -564,12 +572,16 @@ static void report_print(const Report *r) {
     width = strlen(r->rows[i].name) > width ? strlen(r->rows[i].name) : width;
     metric = strlen(r->rows[i].metric) > metric ? strlen(r->rows[i].metric) : metric;
   }
-  printf("%-*s  %-*s  %12s  %9s  %6s\n", (int)width, "task", (int)metric, "metric", "value", "stderr", "n");
+  int intervals = r->n > 0 && isfinite(r->rows[0].lo);
+  printf("%-*s  %-*s  %12s  %9s  %6s%s\n", (int)width, intervals ? "model" : "task", (int)metric, "metric", "value", "stderr", "n",
+         intervals ? "  95 % interval" : "");
   for (size_t i = 0; i < r->n; i++) {
     const ReportRow *row = &r->rows[i];
     char error[32] = "-";
     if (isfinite(row->error)) snprintf(error, sizeof error, "%.4f", row->error);
-    printf("%-*s  %-*s  %12.4f  %9s  %6zu\n", (int)width, row->name, (int)metric, row->metric, row->value, error, row->n);
+    printf("%-*s  %-*s  %12.4f  %9s  %6zu", (int)width, row->name, (int)metric, row->metric, row->value, error, row->n);
+    if (isfinite(row->lo)) printf("  %.4f to %.4f", row->lo, row->hi);
+    printf("\n");
   }
 }
 
@@ -584,7 +596,15 @@ static void report_put_json(StrBuf *b, const Report *r) {
     json_put_number(b, row->value);
     strbuf_printf(b, ", \"stderr\": ");
     json_put_number(b, row->error);
-    strbuf_printf(b, ", \"n\": %zu}", row->n);
+    strbuf_printf(b, ", \"n\": %zu", row->n);
+    if (isfinite(row->lo)) {
+      strbuf_printf(b, ", \"interval\": [");
+      json_put_number(b, row->lo);
+      strbuf_printf(b, ", ");
+      json_put_number(b, row->hi);
+      strbuf_printf(b, "]");
+    }
+    strbuf_printf(b, "}");
   }
   strbuf_printf(b, "\n  ]");
 }

@@ -12,6 +12,7 @@ Defines:     EVAL_TESTS, the rows for the table of tests.
 
 #include "../../bitnet/qa.h"
 #include "../../bitnet/rewards.h"
+#include "../../modes/eval_qa.h"
 #include "../../modes/eval_tasks.h"
 #include "check.h"
 #include "test_model.h"
@@ -510,6 +511,101 @@ static void test_task_refuses(void) {
   CHECK(program_("", "eval %s task=arc", eval_run_()) == EXIT_USAGE && strstr(run_err, "file="), "no file: %s", run_err);
 }
 
+// ---------------------------------------------------------------------------------------------------------
+// Answers to questions.
+
+static void test_qa_statistics(void) {
+  static const struct { double share; size_t n; double lo, hi; } cases[] = {   // Wilson's intervals, by a second program
+      {0.8, 10, 0.4901624715366, 0.9433178485456}, {0, 20, 0, 0.1611251580528}, {1, 20, 0.8388748419472, 1}, {0.5, 4, 0.1500389891522, 0.8499610108478}};
+  for (size_t i = 0; i < ARRAY_LEN(cases); i++) {
+    double lo, hi;
+    wilson_(cases[i].share, cases[i].n, &lo, &hi);
+    CHECK(fabs(lo - cases[i].lo) < 1e-12 && fabs(hi - cases[i].hi) < 1e-12, "%g of %zu: %.12f to %.12f", cases[i].share, cases[i].n, lo,
+          hi);
+  }
+  // Differences: half of 400 records gain 1. The bootstrap's interval is close to the normal one; records without a value stay out.
+  enum { N = 400 };
+  static QaScore a[N], b[N];
+  for (int i = 0; i < N; i++) {
+    for (int k = 0; k < QA_METRICS; k++) a[i].value[k] = b[i].value[k] = NAN;
+    a[i].value[QA_F1] = 0.25;
+    b[i].value[QA_F1] = i % 2 ? 1.25 : 0.25;
+    a[i].value[QA_EXACT] = b[i].value[QA_EXACT] = i % 3 == 0;
+    if (i < 10) a[i].value[QA_STEPS] = 0, b[i].value[QA_STEPS] = 1;
+  }
+  Report r = {NULL, 0};
+  qa_report_difference_(&r, a, b, N, 1);
+  CHECK(r.n == 3 && r.rows[2].n == 10 && r.rows[2].value == 1 && r.rows[2].lo == 1 && r.rows[2].hi == 1, "%zu rows", r.n);
+  double half = 1.96 * sqrt(0.25 / (N - 1));
+  CHECK(r.rows[0].value == 0.5 && fabs(r.rows[0].lo - (0.5 - half)) < 0.01 && fabs(r.rows[0].hi - (0.5 + half)) < 0.01, "%g to %g",
+        r.rows[0].lo, r.rows[0].hi);
+  CHECK(r.rows[1].value == 0 && r.rows[1].lo == 0 && r.rows[1].hi == 0, "no difference");
+  free(r.rows);
+}
+
+// The value of a model's metric in results, NAN if it has none.
+static double qa_result_(const Json *root, const char *model, const char *metric, const char *field) {
+  const Json *results = json_get(root, "results");
+  for (const Json *v = results ? results->child : NULL; v; v = v->next) {
+    if (strcmp(json_get_string(v, "task", ""), model) == 0 && strcmp(json_get_string(v, "metric", ""), metric) == 0)
+      return json_get_number(v, field, NAN);
+  }
+  return NAN;
+}
+
+// Answers that are right because they are what the model says, and one that is wrong.
+static void test_qa_run(void) {
+  static const char *const queries[] = {"1+2=", "7-3=", "4+4="};
+  StrBuf file = {NULL, 0, 0};
+  char answers[3][64], path[700], out[710];
+  for (int i = 0; i < 3; i++) {
+    CHECK(program_("", "generate %s prompt=%s n=3", eval_run_(), queries[i]) == 0, "%s", run_err);
+    snprintf(answers[i], sizeof answers[i], "%.60s", run_out + strlen(queries[i]));
+    answers[i][strcspn(answers[i], "\n")] = 0;
+    strbuf_printf(&file, "{\"query\": \"%s\", \"answer\": \"%s%s\"%s}\n", queries[i], answers[i], i == 2 ? "1" : "",
+                  i == 1 ? ", \"reasoning\": \"a. b\"" : "");
+  }
+  snprintf(path, sizeof path, "%s", eval_file_("qa.jsonl", file.data));
+  snprintf(out, sizeof out, "%s.out", path);
+  CHECK(program_("", "eval %s task=qa file=%s qa_template=plain n=3 vs=%s second_pass=1 second_prompt=+ results=%s", eval_run_(), path,
+                 eval_run_(), out) == 0,
+        "%s", run_err);
+  CHECK(strstr(run_out, "difference") && strstr(run_out, "95 % interval"), "table: %s", run_out);
+  const Json *root = eval_json_(out), *items = json_get(root, "items");
+  const char *run = eval_run_();
+  CHECK(fabs(qa_result_(root, run, "exact_match", "value") - 2.0 / 3) < 1e-12, "exact match %g",
+        qa_result_(root, run, "exact_match", "value"));
+  CHECK(qa_result_(root, run, "step_correctness", "n") == 1 && qa_result_(root, run, "f1", "n") == 3, "records with reasoning");
+  CHECK(fabs(qa_result_(root, run, "accuracy_2", "value") - qa_result_(root, run, "accuracy", "value") -
+             (qa_result_(root, run, "i2c", "value") - qa_result_(root, run, "c2i", "value"))) < 1e-12,
+        "second minus first = i2c - c2i");
+  CHECK(qa_result_(root, "difference", "f1", "value") == 0 && qa_result_(root, "difference", "accuracy_2", "n") == 3,
+        "a model against itself");
+  int i = 0;
+  for (const Json *v = items ? items->child : NULL; v; v = v->next, i++) {
+    const Json *both = json_get(v, "models"), *first = both->child;
+    CHECK(both->count == 2 && strcmp(json_get_string(first, "answer", "?"), answers[i]) == 0, "answer %d: %s", i,
+          json_get_string(first, "answer", "?"));
+    CHECK(json_get_string(first, "second", NULL) != NULL, "a second answer");
+  }
+  CHECK(i == 3, "%d items", i);
+  strbuf_free(&file);
+
+  // limit and what is refused.
+  CHECK(program_("", "eval %s task=qa file=%s qa_template=plain n=3 limit=2", eval_run_(), path) == 0 && strstr(run_out, "     2  "),
+        "%s", run_out);
+  CHECK(strstr(run_out, "exact_match") && strstr(run_out, "1.0000"), "limit=2 has only right answers: %s", run_out);
+  CHECK(program_("", "eval %s task=qa", eval_run_()) == EXIT_USAGE && strstr(run_err, "file="), "%s", run_err);
+  CHECK(program_("", "eval %s task=qa file=%s vs=/nowhere", eval_run_(), path) == EXIT_USAGE, "a second model that is not there: %s",
+        run_err);
+  CHECK(program_("", "eval %s task=qa file=%s qa_template=chatml", eval_run_(), path) == EXIT_USAGE && strstr(run_err, "im_start"),
+        "%s", run_err);
+  snprintf(path, sizeof path, "%s", eval_file_("long.jsonl", "\n{\"query\": \"1234567890123456\", \"answer\": 1}\n"));
+  CHECK(program_("", "eval %s task=qa file=%s qa_template=plain", eval_run_(), path) == EXIT_USAGE &&
+            strstr(run_err, "long.jsonl:2: query"),
+        "too long a question: %s", run_err);
+}
+
 #define EVAL_TESTS                                                                                      \
   {"eval_stem", "English word stems as NLTK's", test_stem},                                             \
   {"eval_f1", "token F1 and exact match", test_reward_f1},                                              \
@@ -523,6 +619,8 @@ static void test_task_refuses(void) {
   {"eval_continuations", "context and continuation, windows of a text", test_continuations},            \
   {"eval_texts", "texts of HellaSwag and WikiText", test_task_texts},                                   \
   {"eval_task_run", "a benchmark on a tiny model: table, JSON, threads", test_task_run},                \
-  {"eval_task_refuses", "bad records and options exit 2 with file and line", test_task_refuses}
+  {"eval_task_refuses", "bad records and options exit 2 with file and line", test_task_refuses},                \
+  {"eval_qa_statistics", "intervals of shares and of differences", test_qa_statistics},                 \
+  {"eval_qa_run", "generated answers, second pass, two models", test_qa_run}
 
 #endif
