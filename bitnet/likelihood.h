@@ -1,8 +1,9 @@
 /*
 likelihood.h: how likely does a model find a given continuation of a given text.
 
-What it is:  texts into Continuations (context ids and continuation ids), a long text into windows, and the sum of the log-probabilities
-             of each continuation's tokens. The conventions are those of EleutherAI's lm-evaluation-harness, so that numbers compare.
+What it is:  texts into Continuations (context ids and continuation ids), a long text into windows, and the sum of the
+             log-probabilities of each continuation's tokens. The conventions are those of EleutherAI's lm-evaluation-harness, so that
+             numbers compare.
 What not:    no tasks and no files: modes/eval_tasks.h.
 Read before: bitnet/infer.h, tokenizer.h.
 Defines:     Continuation, Continuations, continuation_add, continuation_add_windows, continuations_free; likelihoods.

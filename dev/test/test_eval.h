@@ -515,13 +515,17 @@ static void test_task_refuses(void) {
 // Answers to questions.
 
 static void test_qa_statistics(void) {
-  static const struct { double share; size_t n; double lo, hi; } cases[] = {   // Wilson's intervals, by a second program
-      {0.8, 10, 0.4901624715366, 0.9433178485456}, {0, 20, 0, 0.1611251580528}, {1, 20, 0.8388748419472, 1}, {0.5, 4, 0.1500389891522, 0.8499610108478}};
+  static const struct { double share; size_t n; double lo, hi;
+  } cases[] = {// Wilson's intervals, by a second program
+               {0.8, 10, 0.4901624715366, 0.9433178485456},
+               {0, 20, 0, 0.1611251580528},
+               {1, 20, 0.8388748419472, 1},
+               {0.5, 4, 0.1500389891522, 0.8499610108478}};
   for (size_t i = 0; i < ARRAY_LEN(cases); i++) {
     double lo, hi;
     wilson_(cases[i].share, cases[i].n, &lo, &hi);
-    CHECK(fabs(lo - cases[i].lo) < 1e-12 && fabs(hi - cases[i].hi) < 1e-12, "%g of %zu: %.12f to %.12f", cases[i].share, cases[i].n, lo,
-          hi);
+    CHECK(fabs(lo - cases[i].lo) < 1e-12 && fabs(hi - cases[i].hi) < 1e-12, "%g of %zu: %.12f to %.12f", cases[i].share, cases[i].n,
+          lo, hi);
   }
   // Differences: half of 400 records gain 1. The bootstrap's interval is close to the normal one; records without a value stay out.
   enum { N = 400 };
