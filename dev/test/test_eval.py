@@ -3,6 +3,7 @@
 
     python dev/test/test_eval.py            # needs gcc, ./train_bitnet, torch, transformers, tokenizers, lm-eval, nltk
     BITNET_DATA=DIR python dev/test/test_eval.py --items 200      # also the records in DIR/qa/*.jsonl
+    python dev/test/test_eval.py --model MODEL_DIR --lambda 0     # a model directory of your own
 
 The models are made here: a random LLaMA, run as it is at lambda = 0, and a ternary one that trains for seconds, run at lambda = 1. The
 harness's own task definitions are used, with local files in the place of its downloads.
@@ -28,7 +29,7 @@ BINARY = os.environ.get("BITNET_BINARY", os.path.join(ROOT, "train_bitnet"))
 SAME_PREDICTIONS = 0.99   # at least this share of the items
 # Relative difference of a log-probability. Float: sums in another order. Ternary: an activation beside a rounding boundary may become
 # another integer, which moves a logit by far more than a rounding error does.
-LOGP_BOUND = {"float": 5e-6, "ternary": 1e-3}
+LOGP_BOUND = {"float": 5e-6, "ternary": 1e-3, "given": 1e-3}
 passed = failed = 0
 
 
@@ -277,12 +278,24 @@ def compare(label, name, ours, theirs, bound):
 def test_harness(tmp, args, text):
     import torch
     import transformers
-    from lm_eval.models.huggingface import HFLM
     torch.set_num_threads(2)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
-    # A tokenizer and two models with it.
+    models = [("given", args.model, args.lam)] if args.model else made_models(tmp, text)
+    dev = [{"subject": "light_arts", "question": "not this one", "choices": ["a", "b", "c", "d"], "answer": 0}] + made_items(text[::-1], 6)["mmlu"]
+    sets = [("made", made_items(text, 60), None, dev)]
+    if args.data:
+        out, files, real_dev = read_items(os.path.join(args.data, "qa"), args.items)
+        sets.append(("read", out, files, real_dev))
+    for label, path, lam in models:
+        compare_model(tmp, label, path, lam, sets)
+
+
+def made_models(tmp, text):
+    """A tokenizer and two models with it: [(label, directory, lambda)]."""
+    import torch
+    import transformers
     write(f"{tmp}/text.txt", text)
     run(sys.executable, "prepro/text.py", f"{tmp}/text.txt", "--vocab", 600, "--out", f"{tmp}/data", "--jobs", 1)
     run(BINARY, "pretrain", "tinystories", "dim=64", "layers=2", "heads=4", "kv_heads=2", "ffn_dim=128", "seq_len=64", "max_seq=256", "batch_size=8",
@@ -295,33 +308,35 @@ def test_harness(tmp, args, text):
     transformers.LlamaForCausalLM(config).save_pretrained(f"{tmp}/llama")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(f"{tmp}/data/{name}", f"{tmp}/llama/{name}")
-    models = [("float", f"{tmp}/llama", 0), ("ternary", ternary, 1)]
+    return [("float", f"{tmp}/llama", 0), ("ternary", ternary, 1)]
 
-    dev = [{"subject": "light_arts", "question": "not this one", "choices": ["a", "b", "c", "d"], "answer": 0}] + made_items(text[::-1], 6)["mmlu"]
-    sets = [("made", made_items(text, 60), None, dev)]
-    if args.data:
-        out, files, real_dev = read_items(os.path.join(args.data, "qa"), args.items)
-        sets.append(("read", out, files, real_dev))
-    for label, path, lam in models:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device="cpu")
-        for source, items, files, examples in sets:
-            for name, rows in items.items():
-                file = write_records(f"{tmp}/{source}_{name}.jsonl", files[name] if files else rows)
-                command = [BINARY, "eval", path, f"task={name}", f"file={file}", f"lambda={lam}", "precision=fp32", f"results={tmp}/results.json"]
-                if name == "mmlu":
-                    command.append("shots_file=" + write_records(f"{tmp}/{source}_dev.jsonl", examples))
-                run(*command)
-                with open(f"{tmp}/results.json") as f:
-                    ours = json.load(f)
-                compare(label, name, ours, harness(lm, harness_tasks(tmp, name, rows, examples)), LOGP_BOUND[label])
+
+def compare_model(tmp, label, path, lam, sets):
+    """All tasks on one model."""
+    import torch
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device="cpu")
+    for source, items, files, examples in sets:
+        for name, rows in items.items():
+            file = write_records(f"{tmp}/{source}_{name}.jsonl", files[name] if files else rows)
+            command = [BINARY, "eval", path, f"task={name}", f"file={file}", f"lambda={lam}", "precision=fp32", f"results={tmp}/results.json"]
+            if name == "mmlu":
+                command.append("shots_file=" + write_records(f"{tmp}/{source}_dev.jsonl", examples))
+            run(*command)
+            with open(f"{tmp}/results.json") as f:
+                ours = json.load(f)
+            compare(label, name, ours, harness(lm, harness_tasks(tmp, name, rows, examples)), LOGP_BOUND[label])
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default=os.environ.get("BITNET_DATA"), help="a directory with qa/*.jsonl (default: $BITNET_DATA)")
     p.add_argument("--items", type=int, default=200, help="records of each file (default %(default)s)")
+    p.add_argument("--model", help="compare this model directory instead of the two that are made")
+    p.add_argument("--lambda", dest="lam", type=float, default=0, help="with --model: 0 runs its float weights, 1 the ternary ones (default 0)")
     args = p.parse_args()
     text = "\n\n".join(open(os.path.join(ROOT, f), encoding="utf-8").read() for f in ("README.md", "bitnet/model.h", "bitnet/infer.h", "dataloader.h"))
     with tempfile.TemporaryDirectory() as tmp:
