@@ -33,8 +33,8 @@ def check(ok, what):
         print("FAIL", what)
 
 
-def tool(name, *args, code=0, words=()):
-    p = subprocess.run([sys.executable, os.path.join(ROOT, "dev", name + ".py"), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+def tool(name, *args, code=0, words=(), limit=120):
+    p = subprocess.run([sys.executable, os.path.join(ROOT, "dev", name + ".py"), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit)
     check(p.returncode == code and all(w in p.stdout for w in words), f"{name} {args}: exit {p.returncode}, wanted {code} with {words}\n{p.stdout[-500:]}")
     check("Traceback" not in p.stdout, f"{name} {args}: a traceback\n{p.stdout[-800:]}")
     return p.stdout
@@ -243,7 +243,8 @@ def test_lambda_sweep(tmp):
     tool("lambda_sweep", "lr=1", "--binary", program, code=2, words=["model directory", "lr=1"])
     tool("lambda_sweep", "--quick", "m", "seed=3", "--binary", program, code=2, words=["seed=3", "itself"])
     tool("lambda_sweep", f"{tmp}/nowhere", "--binary", program, "--out", f"{tmp}/x", code=2, words=["ended with 2", "nowhere"])
-    said = tool("lambda_sweep", "--quick", "--binary", program, "--out", out, "--seeds", 2, "--schedules", "none", "sigmoid", words=["ternary at once", "lowest", "after sigmoid"])
+    said = tool("lambda_sweep", "--quick", "--binary", program, "--out", out, "--seeds", 2, "--schedules", "none", "sigmoid", words=["ternary at once", "lowest", "after sigmoid"],
+                limit=900)   # ten seconds of work; on a busy machine they may take minutes
     with open(f"{out}/sweep.json") as f:
         sweep = json.load(f)
     loss = sweep["held_out_loss"]
@@ -266,7 +267,7 @@ def test_lambda_sweep(tmp):
     check(said.startswith("lambda") or "lambda  " in said, "the table")
     check(os.path.exists(f"{out}/curves.png") == has("matplotlib"), "curves.png")
     tool("lambda_sweep", "--quick", "--binary", program, "--out", out, code=2, words=["another sweep"])
-    tool("lambda_sweep", "--quick", "--binary", program, "--out", f"{tmp}/bad", "--schedules", "liner", code=2, words=["lambda_schedule", "liner"])
+    tool("lambda_sweep", "--quick", "--binary", program, "--out", f"{tmp}/bad", "--schedules", "liner", code=2, words=["lambda_schedule", "liner"], limit=900)
 
 
 def main():
