@@ -35,6 +35,7 @@ UNUSED static size_t test_device_bytes;   // that the CPU's dev_malloc has asked
 
 #include "dev/test/check.h"            // Test, CHECK, run_tests
 #include "dev/test/test_data.h"        // DATA_TESTS
+#include "dev/test/test_eval.h"        // EVAL_TESTS
 #include "dev/test/test_files.h"       // FILES_TESTS
 #include "dev/test/test_infer.h"       // INFER_TESTS
 #include "dev/test/test_model.h"       // MODEL_TESTS
@@ -55,6 +56,7 @@ static const Test tests[] = {
   TOKENIZER_TESTS,
   FILES_TESTS,
   OPTIONS_TESTS,
+  EVAL_TESTS,
   RUN_TESTS,
 };
 

@@ -125,7 +125,17 @@ default, names separated by |, help; its value is the index of the name. A switc
   CHOICE(INFERENCE, chat_template, 0, "auto|none|chatml|llama3|alpaca", "chat: how turns are marked; auto: what the tokenizer has marks for") \
   TEXT(INFERENCE, system, "", "chat: what the model is told before the first turn")                                                  \
   INT(INFERENCE, decode, 0, 0, 1, "tokenize: ids to text instead of text to ids")                                                   \
-  TEXT(INFERENCE, file, "", "perplexity: a text file")                                                                              \
+  TEXT(INFERENCE, file, "", "perplexity: a text file; eval: the records of a task")                                                 \
+  CHOICE(INFERENCE, task, 0, "none|hellaswag|arc|mmlu|winogrande|truthfulqa|lambada|wikitext|qa",  \
+         "eval: a benchmark, with file=")  \
+  INT(INFERENCE, shots, -1, -1, 1000, "eval: examples before a question; -1 = the usual number, 0 without shots_file")              \
+  TEXT(INFERENCE, shots_file, "", "eval: records that the examples are taken from, the first ones")                                 \
+  INT(INFERENCE, limit, 0, 0, INT_MAX, "eval: only the first records of the file; 0 = all")                                         \
+  TEXT(INFERENCE, results, "", "eval: write all scores as JSON to this file")                                                       \
+  TEXT(INFERENCE, vs, "", "eval task=qa: a second model that answers the same questions")                                           \
+  CHOICE(INFERENCE, qa_template, 1, "plain|seed003|chatml", "eval task=qa: how a question becomes a prompt")                        \
+  INT(INFERENCE, second_pass, 0, 0, 1, "eval task=qa: each model sees its answer and second_prompt, and answers again")             \
+  TEXT(INFERENCE, second_prompt, "Review and correct the answer:", "eval task=qa: a text, or a file that holds it")                 \
   INT(INFERENCE, overlap, 0, 0, 1 << 24, "perplexity: tokens of a window that are only context")                                    \
   TEXT(INFERENCE, ids, "", "token ids, separated by blanks or commas")                                                              \
   REAL(INFERENCE, lambda, 1, 0, 1, "1 = the ternary model, 0 = its float master weights")                                           \

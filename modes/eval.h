@@ -3,8 +3,9 @@ eval.h: measuring a model on data that it was not trained on.
 
 What it is:  ./train_bitnet eval DIR                      arithmetic: loss and exact match on held-out problems
              ./train_bitnet eval DIR data=data/val_*.bin  token shards: loss
+             ./train_bitnet eval DIR task=NAME file=FILE  benchmarks and question sets: eval_tasks.h, eval_qa.h
              and the Evaluation that pretraining runs every eval_every steps, which is the same code.
-What not:    no text-file perplexity, no question sets.
+What not:    no text-file perplexity (perplexity.h).
 Read before: bitnet/losses.h, bitnet/infer.h, modes/generate.h.
 Defines:     Evaluation, evaluation_open, evaluation_run, evaluation_samples, evaluation_close; arithmetic_from_options; mode_eval.
 
@@ -16,6 +17,8 @@ is an answer that equals the true one character by character.
 
 #include "../bitnet/losses.h"
 #include "../bitnet/trainer.h"
+#include "eval_qa.h"
+#include "eval_tasks.h"
 #include "generate.h"
 
 enum { EVAL_SEQUENCES = 256, EVAL_SAMPLES = 8 };
@@ -192,6 +195,11 @@ UNUSED static void evaluation_samples(void *ctx, Model *m, StrBuf *b) {
 }
 
 UNUSED static void mode_eval(Options *o) {
+  if (o->task != TASK_NONE) {
+    if (o->task == TASK_QA) mode_eval_qa(o);
+    else mode_eval_task(o);
+    return;
+  }
   char dir[4096];
   Model m;
   Tokenizer tok;

@@ -24,7 +24,7 @@ static const Mode modes[] = {
      GROUP_MODEL | GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_COMMAND, 1, 0, mode_pretrain},
     {"chat", "DIR", "talk to a model: type a prompt, read its answer", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_chat},
     {"generate", "DIR prompt=TEXT", "continue a text; the text alone goes to stdout", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_generate},
-    {"eval", "DIR [data=GLOB]", "loss and exact match on held-out data, at lambda = 1", GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_INFERENCE, 0, 1, mode_eval},
+    {"eval", "DIR [data=GLOB | task=NAME file=FILE]", "loss and exact match on held-out data; benchmarks; answers to questions", GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_INFERENCE, 0, 1, mode_eval},
     {"logits", "DIR ids=\"1 2 3\"", "one line per position with all logits, for checking against a reference", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_logits},
     {"perplexity", "DIR file=TEXT | data=GLOB", "how well a model predicts a text, per token and per byte", GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_perplexity},
     {"tokenize", "DIR", "text on stdin, token ids on stdout, line by line; decode=1: the other way", GROUP_INFERENCE, 0, 1, mode_tokenize},

@@ -241,8 +241,9 @@ def documents(paths, key="text", doc_sep=None, lines=False):
             yield part.strip("\n") if len(parts) > 1 else part
 
 
-def hub(repo, split, key="text", **options):
-    """The documents of a data set on the Hugging Face hub. Downloads are cached and go on where they broke off."""
+def hub(repo, split, key="text", instead="--from FILE", **options):
+    """The documents of a data set on the Hugging Face hub; with key None its whole rows. Downloads are cached and go on where they broke off.
+    instead: the option that takes a local file, for messages."""
     host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0].split(":")[0]
     try:
         if "https_proxy" not in os.environ and "HTTPS_PROXY" not in os.environ:
@@ -254,10 +255,10 @@ def hub(repo, split, key="text", **options):
         data = datasets.load_dataset(repo, split=split, **options)
     except ImportError:
         fail(f"the data set {repo} needs the Python package `datasets` (pip install datasets) and a network; "
-             "without them, give a local file with --from FILE")
+             f"without them, give a local file with {instead}")
     except Exception as e:   # the package raises whatever its network library does
         fail(f"cannot get the data set {repo} ({type(e).__name__}: {str(e).splitlines()[0][:200]}).\n"
-             "Is there a network? If not, give a local file with --from FILE. What was downloaded is kept; "
+             f"Is there a network? If not, give a local file with {instead}. What was downloaded is kept; "
              "the same command goes on with it.")
     rows = iter(data)
     while True:
@@ -267,7 +268,7 @@ def hub(repo, split, key="text", **options):
             return
         except Exception as e:
             fail(f"reading {repo} broke off ({type(e).__name__}: {str(e).splitlines()[0][:200]}); the same command goes on with it")
-        yield row[key]
+        yield row if key is None else row[key]
 
 
 def download(url, path):

@@ -217,6 +217,54 @@ def test_interrupted(tmp):
     check(all(got.get(f) == want[f] for f in shards), f"shards differ after {kills} interruptions")
 
 
+def test_qa(tmp):
+    """Question sets in their several forms."""
+    def rows(*args, out="o", **kw):
+        said = script("qa", *args, "--out", f"{tmp}/{out}", **kw)
+        found = {}
+        for split in ("train", "test"):
+            path = f"{tmp}/{out}/{split}.jsonl"
+            if os.path.exists(path):
+                with open(path, encoding="utf-8") as f:
+                    found[split] = [json.loads(line) for line in f]
+                os.remove(path)
+        return found, said
+    lines = lambda *items: "\ufeff" + "\n".join(json.dumps(x, ensure_ascii=False) for x in items) + "\n\n"
+    gsm = {"question": " How many\u2019s? ", "answer": "She has 48/2 = <<48/2=24>>24.\nThen $1,<<x>>000.\n#### 1,080"}
+    want = {"query": "How many\u2019s?", "answer": "1080", "reasoning": "She has 48/2 = 24.\nThen $1,000."}
+    found, _ = rows("gsm8k", "--path", write(f"{tmp}/gsm_train.jsonl", lines(gsm)), write(f"{tmp}/my-test-1.jsonl", lines(gsm, gsm)))
+    check(found == {"train": [want], "test": [want] * 2}, f"gsm8k: {found}")
+    with gzip.open(f"{tmp}/s_test.json.gz", "wt") as f:
+        json.dump([{"Body": "Tom had 5 apples", "Question": "How many? ", "Answer": 5.0, "Equation": "( 5.0 )"}, {"Body": "A.", "Question": "B?", "Answer": "2.5"},
+                   {"instruction": "Q?", "input": "", "output": "\nA: It is 1,234. The answer is 1,234.", "answer": "1234.0"},
+                   {"instruction": "Q?", "input": "", "output": "\nA: It is 32.", "answer": "8.0"}], f)
+    found, said = rows("svamp", "--path", f"{tmp}/s_test.json.gz", words=["1 solutions do not end in the answer"])
+    check(found == {"test": [{"query": "Tom had 5 apples. How many?", "answer": "5", "reasoning": "( 5.0 )"}, {"query": "A. B?", "answer": "2.5"},
+                             {"query": "Q?", "answer": "1234", "reasoning": "It is 1,234. The answer is 1,234."}, {"query": "Q?", "answer": "8"}]}, f"svamp: {found}")
+    found, _ = rows("multiarith", "--path", write(f"{tmp}/m_train.json", json.dumps([{"question": "a?", "final_ans": "7"}, {"sQuestion": "b?", "lSolutions": [20.0], "lEquations": ["X=4*5"]}])))
+    check(found == {"train": [{"query": "a?", "answer": "7"}, {"query": "b?", "answer": "20", "reasoning": "X=4*5"}]}, f"multiarith: {found}")
+    found, _ = rows("math", "--path", write(f"{tmp}/math_test.jsonl", lines({"problem": "p", "solution": "so \\boxed{1} or \\boxed{\\frac{1}{2}}."})))
+    check(found["test"][0]["answer"] == "\\frac{1}{2}", f"math: {found}")
+    found, _ = rows("generic", "--path", write(f"{tmp}/g.jsonl", lines(*({"prompt": f"q{i}", "completion": i, "why": f"w{i}"} for i in range(200)))), "--val", 0.25, "--reasoning", "why")
+    sides = {r["query"]: split for split, part in found.items() for r in part}
+    check(len(sides) == 200 and 25 < len(found["test"]) < 80 and all(common.is_val(q, 0.25) == (s == "test") for q, s in sides.items()), "split by hash")
+    check({"query": "q7", "answer": "7", "reasoning": "w7"} in found["train"] + found["test"], "a generic record")
+    found, _ = rows("generic", "--path", f"{tmp}/g.jsonl", "--query", "why", "--answer", "prompt", "--limit", 3, "--val", 0)
+    check(found == {"train": [{"query": f"w{i}", "answer": f"q{i}"} for i in range(3)]}, f"named fields: {found}")
+
+    script("qa", "gsm8k", "--path", write(f"{tmp}/e.jsonl", lines(gsm, {"question": "q", "answer": "no mark 5"})), "--out", f"{tmp}/e", code=2, words=["e.jsonl:2", "####"])
+    script("qa", "svamp", "--path", write(f"{tmp}/e2.jsonl", lines({"x": 1})), "--out", f"{tmp}/e", code=2, words=["e2.jsonl:1", "Body and Question and Answer", "found: x"])
+    script("qa", "generic", "--path", write(f"{tmp}/e3.jsonl", lines({"query": "  ", "answer": "a"})), "--out", f"{tmp}/e", code=2, words=["e3.jsonl:1", "query", "empty"])
+    script("qa", "generic", "--path", write(f"{tmp}/e4.jsonl", "[1]\n"), "--out", f"{tmp}/e", code=2, words=["e4.jsonl:1", "list"])
+    script("qa", "generic", "--path", write(f"{tmp}/e5.csv", "a,b"), "--out", f"{tmp}/e", code=2, words=["e5.csv", ".jsonl"])
+    script("qa", "generic", "--path", write(f"{tmp}/e6.jsonl", "\n"), "--out", f"{tmp}/e", code=2, words=["no records"])
+    script("qa", "generic", "--out", f"{tmp}/e", code=2, words=["--path FILE"])
+    script("qa", "gsm8k", "--path", f"{tmp}/missing.jsonl", "--out", f"{tmp}/e", code=2, words=["cannot read", "missing.jsonl"])
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    script("qa", "gsm8k", "--out", f"{tmp}/e", code=2, words=["openai/gsm8k", "--path FILE"], env=offline)
+    check(not os.path.exists(f"{tmp}/e"), "a failed run leaves nothing")
+
+
 def test_errors(tmp):
     good = write(f"{tmp}/g.txt", "\n".join(stories(50)))
     script("text", f"{tmp}/missing.txt", "--out", f"{tmp}/o", code=2, words=["cannot read", "missing.txt"])
@@ -249,7 +297,7 @@ def main():
         write(f"{tmp}/reader_raw.c", raw)
         for name in ("reader", "reader_raw"):
             subprocess.run(["gcc", "-std=gnu11", "-O2", "-I", ROOT, f"{tmp}/{name}.c", "-o", f"{tmp}/{name}", "-lm"], check=True)
-        for test in (test_text, test_forms, test_wide, test_chat, test_interrupted, test_errors):
+        for test in (test_text, test_forms, test_wide, test_chat, test_interrupted, test_qa, test_errors):
             folder = f"{tmp}/{test.__name__}"
             os.makedirs(folder)
             t0 = time.time()

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Tests of dev/status.py, plot.py, follow.py and cost.py on run folders made here, and of what bench_torch_cuda.py does without a GPU.
+"""Tests of dev/status.py, plot.py, follow.py, cost.py and lambda_sweep.py on run folders made here, and of what bench_torch_cuda.py does without a GPU.
 
     python dev/test/test_tools.py           # matplotlib, tensorboard and wandb are used where they are installed
 
-Presets are compared with ./train_bitnet --dry-run where that program is built.
+Presets are compared with ./train_bitnet --dry-run, and a small sweep is run, where that program is built.
 """
 import fcntl
 import html.parser
@@ -33,8 +33,8 @@ def check(ok, what):
         print("FAIL", what)
 
 
-def tool(name, *args, code=0, words=()):
-    p = subprocess.run([sys.executable, os.path.join(ROOT, "dev", name + ".py"), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+def tool(name, *args, code=0, words=(), limit=120):
+    p = subprocess.run([sys.executable, os.path.join(ROOT, "dev", name + ".py"), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit)
     check(p.returncode == code and all(w in p.stdout for w in words), f"{name} {args}: exit {p.returncode}, wanted {code} with {words}\n{p.stdout[-500:]}")
     check("Traceback" not in p.stdout, f"{name} {args}: a traceback\n{p.stdout[-800:]}")
     return p.stdout
@@ -257,10 +257,46 @@ def test_bench_torch_cuda():
     if not bench.torch.cuda.is_available():
         tool("bench_torch_cuda", code=2, words=["no GPU"])
 
+def test_lambda_sweep(tmp):
+    program, out = os.path.join(ROOT, "train_bitnet"), f"{tmp}/sweep"
+    tool("lambda_sweep", "--binary", f"{tmp}/none", "--quick", code=2, words=["no program", "--binary"])
+    if not os.path.exists(program):
+        print("note: ./train_bitnet is not built; no sweep was run")
+        return
+    tool("lambda_sweep", "--binary", program, code=2, words=["--quick"])
+    tool("lambda_sweep", "lr=1", "--binary", program, code=2, words=["model directory", "lr=1"])
+    tool("lambda_sweep", "--quick", "m", "seed=3", "--binary", program, code=2, words=["seed=3", "itself"])
+    tool("lambda_sweep", f"{tmp}/nowhere", "--binary", program, "--out", f"{tmp}/x", code=2, words=["ended with 2", "nowhere"])
+    said = tool("lambda_sweep", "--quick", "--binary", program, "--out", out, "--seeds", 2, "--schedules", "none", "sigmoid", words=["ternary at once", "lowest", "after sigmoid"],
+                limit=900)   # ten seconds of work; on a busy machine they may take minutes
+    with open(f"{out}/sweep.json") as f:
+        sweep = json.load(f)
+    loss = sweep["held_out_loss"]
+    check(list(loss) == ["float, before", "ternary at once", "none", "sigmoid"] and [len(v) for v in loss.values()] == [1, 1, 2, 2], f"rows {loss}")
+    configs = []
+    for name in ("none", "sigmoid"):
+        for seed, run in enumerate(sweep["runs"][name], 1):
+            _, evals, _ = runlog.read_log(run)
+            logged = runlog.numbers(evals, "val_loss")
+            check(abs(logged[-1][1] - loss[name][seed - 1]) < 5e-5 and [s for s, _ in logged] == [10, 20, 30], f"{name}: {logged} and {loss[name]}")
+            check([tuple(x) for x in sweep["curves"][name][seed - 1]] == [(0, loss["ternary at once"][0])] + logged, f"{name}: the curve")
+            config = runlog.read_json(f"{run}/config.json")
+            check(config["lambda_schedule"] == name and config["seed"] == seed, f"{name}: options of the run")
+            configs.append({k: v for k, v in config.items() if k not in ("lambda_schedule", "seed", "name")})
+    check(all(c == configs[0] for c in configs), "the runs differ in more than the schedule")
+    check(min(sum(v) / 2 for v in (loss["none"], loss["sigmoid"])) == sum(loss[sweep["lowest"]]) / 2, "the lowest")
+    with open(f"{out}/samples.txt") as f:
+        samples = f.read()
+    check(all(f"--- {n} ---\n12+34=" in samples for n in ("float, before", "ternary at once", "after none", "after sigmoid")), "samples")
+    check(said.startswith("lambda") or "lambda  " in said, "the table")
+    check(os.path.exists(f"{out}/curves.png") == has("matplotlib"), "curves.png")
+    tool("lambda_sweep", "--quick", "--binary", program, "--out", out, code=2, words=["another sweep"])
+    tool("lambda_sweep", "--quick", "--binary", program, "--out", f"{tmp}/bad", "--schedules", "liner", code=2, words=["lambda_schedule", "liner"], limit=900)
+
 
 def main():
     with tempfile.TemporaryDirectory() as tmp:
-        for test in (test_status, test_anomalies, test_plot, test_follow, test_cost, test_bench_torch_cuda):
+        for test in (test_status, test_anomalies, test_plot, test_follow, test_cost, test_lambda_sweep, test_bench_torch_cuda):
             folder = f"{tmp}/{test.__name__}"
             os.makedirs(folder)
             test(folder) if test.__code__.co_argcount else test()
