@@ -46,7 +46,7 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(MODEL, ffn_dim, 384, 1, 1 << 20, "width of the feed-forward unit")                                                            \
   INT(MODEL, vocab, 0, 0, 1 << 24, "rows of the embedding; 0 = what the tokenizer needs")                                           \
   INT(MODEL, max_seq, 0, 0, 1 << 24, "longest context; 0 = seq_len")                                                                \
-  REAL(MODEL, norm_eps, 1e-5, 1e-12, 1, "epsilon of all norms")                                                                     \
+  REAL(MODEL, norm_eps, 1e-5, 1e-30, 1, "epsilon of all norms")                                                                     \
   REAL(MODEL, rope_theta, 10000, 1, 1e12, "base of the rotary embedding")                                                           \
   CHOICE(MODEL, rope_scaling, 0, "none|llama3", "frequency scaling of the rotary embedding")                                        \
   REAL(MODEL, rope_factor, 8, 1, 1e6, "llama3 scaling: factor")                                                                     \
