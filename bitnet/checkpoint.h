@@ -5,7 +5,7 @@ What it is:  Config to config.json, parameters from any model file and to model.
              training_state.safetensors, and the order of writing that leaves a loadable checkpoint whatever happens.
 What not:    the formats that models are read from (source.h); packed weights and GGUF are written by modes/convert.h.
 Read before: bitnet/model.h, bitnet/source.h, bitnet/options.h, tokenizer.h.
-Defines:     config_from_options, config_to_options, config_put_json; checkpoint_path, checkpoint_run, checkpoint_options,
+Defines:     config_from_options, config_to_options, config_put_form; checkpoint_path, checkpoint_run, checkpoint_options,
              checkpoint_resume_options, checkpoint_save; model_load, model_load_frozen, checkpoint_tokenizer, checkpoint_has_tokenizer;
              State, state_load.
 
@@ -127,10 +127,14 @@ static void put_member_(StrBuf *b, const char *key, double value) {
 
 /*
 Appends config.json. All fields are written, because the defaults differ between classes and versions. The old spelling rope_theta +
-rope_scaling is understood by old and new releases of transformers. The object "bitnet_c" holds what other programs do not know.
+rope_scaling is understood by old and new releases of transformers. The object "bitnet_c" holds what other programs do not know. t may be
+NULL.
 */
-UNUSED static void config_put_json(StrBuf *b, const Config *c, const Tokenizer *t) {
-  const char *architecture, *type = config_model_type(c, &architecture);
+UNUSED static void config_put_form(StrBuf *b, const Config *c, const Tokenizer *t, const WeightForm *form) {
+  static const char *const dtypes[] = {"float32", "bfloat16", "float16"};
+  Config bare = *c;
+  if (form->folded) bare.attn_sub_norm = bare.ffn_sub_norm = 0;
+  const char *architecture, *type = config_model_type(&bare, &architecture);
   size_t start = b->len;
   strbuf_printf(b, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n", architecture, type);
   put_member_(b, "vocab_size", c->vocab);
@@ -165,10 +169,22 @@ UNUSED static void config_put_json(StrBuf *b, const Config *c, const Tokenizer *
     if (ids[i] >= 0) strbuf_printf(b, "  \"%s\": %d,\n", names[i], ids[i]);
     else strbuf_printf(b, "  \"%s\": null,\n", names[i]);
   }
-  strbuf_printf(b, "  \"torch_dtype\": \"float32\",\n");
-  strbuf_printf(b, "  \"quantization_config\": {\"quant_method\": \"bitnet\", \"linear_class\": \"autobitlinear\", "
-                   "\"quantization_mode\": \"online\", "
-                   "\"use_rms_norm\": false, \"modules_to_not_convert\": null},\n");
+  strbuf_printf(b, "  \"torch_dtype\": \"%s\",\n", dtypes[form->dtype]);
+  if (form->packed >= PACKED_TRITS) {
+    strbuf_printf(b, "  \"quantization_config\": {\"quant_method\": \"bitnet_c\", \"quantization_mode\": \"%s\"},\n",
+                  form->packed == PACKED_TRITS ? "trits" : "record");
+  } else if (!form->plain) {
+    strbuf_printf(b, "  \"quantization_config\": {\"quant_method\": \"bitnet\", \"linear_class\": \"%s\", "
+                     "\"quantization_mode\": \"%s\", \"use_rms_norm\": %s, ",
+                  form->packed == PACKED_DIVIDE ? "bitlinear" : "autobitlinear", form->packed ? "offline" : "online",
+                  form->folded ? "true" : "false");
+    if (form->folded) {
+      strbuf_printf(b, "\"rms_norm_eps\": ");
+      json_put_number(b, (double)c->norm_eps);
+      strbuf_printf(b, ", ");
+    }
+    strbuf_printf(b, "\"modules_to_not_convert\": null},\n");
+  }
   strbuf_printf(b,
                 "  \"bitnet_c\": {\"attn_sub_norm\": %d, \"ffn_sub_norm\": %d, \"qkv_bias\": %d, \"o_bias\": %d, \"qk_norm\": %d, "
                 "\"act_bits\": %d, ",
@@ -641,10 +657,10 @@ static void remove_dir_(const char *dir) {
   rmdir(dir);
 }
 
-// The files of a model directory into dir (which exists); with s also the training state. 0 or errno.
-static int save_files_(const Model *m, const Tokenizer *t, const Options *o, const State *s, const char *dir) {
+// The small files of a model directory into dir (which exists): everything but the weights. 0 or errno.
+static int save_config_(const Config *c, const Tokenizer *t, const WeightForm *form, const char *dir) {
   StrBuf config = {NULL, 0, 0}, generation = {NULL, 0, 0};
-  config_put_json(&config, &m->c, t);
+  config_put_form(&config, c, t, form);
   strbuf_printf(&generation, "{");
   if (t && t->bos_id >= 0) strbuf_printf(&generation, "\"bos_token_id\": %d, ", t->bos_id);
   if (t && t->eos_id >= 0) strbuf_printf(&generation, "\"eos_token_id\": %d, ", t->eos_id);
@@ -653,10 +669,18 @@ static int save_files_(const Model *m, const Tokenizer *t, const Options *o, con
   int err = save_text_(dir, "config.json", &config);
   if (!err) err = save_text_(dir, "generation_config.json", &generation);
   if (!err && t) err = tokenizer_save(t, dir);
-  if (!err) err = save_parameters_(m, dir);
-  if (!err && s) err = save_state_(m, o, s, dir);
   strbuf_free(&config);
   strbuf_free(&generation);
+  return err;
+}
+
+// The files of a model directory into dir (which exists); with s also the training state. 0 or errno.
+static int save_files_(const Model *m, const Tokenizer *t, const Options *o, const State *s, const char *dir) {
+  WeightForm form;
+  memset(&form, 0, sizeof form);
+  int err = save_config_(&m->c, t, &form, dir);
+  if (!err) err = save_parameters_(m, dir);
+  if (!err && s) err = save_state_(m, o, s, dir);
   return err;
 }
 

@@ -29,6 +29,7 @@ enum {
 enum {
   GROUP_MODEL = 1, GROUP_TRAINING = 2, GROUP_DATA = 4, GROUP_SHARED = 8, GROUP_RUNNING = 16, GROUP_INFERENCE = 32, GROUP_GENERAL = 64,
   GROUP_COMMAND = 128,   // about this one call of the program: never stored
+  GROUP_CONVERT = 256,
   RESULT_GROUPS = GROUP_MODEL | GROUP_TRAINING | GROUP_DATA | GROUP_SHARED,
   STORED_GROUPS = RESULT_GROUPS | GROUP_RUNNING   // what a run folder and a checkpoint remember
 };
@@ -86,7 +87,7 @@ default, names separated by |, help; its value is the index of the name. A switc
   REAL(TRAINING, lambda_k, -1, -1, 1e6, "steepness of exponential (default 8) and sigmoid (default 100)")                           \
   INT(TRAINING, recompute, 0, 0, 1, "recompute activations in the backward pass: less memory, a third more work")                   \
   INT(TRAINING, max_skips, 3, 1, INT_MAX, "stop after so many updates in a row that were skipped as not finite")                    \
-  TEXT(TRAINING, init, "", "start from the model in this directory instead of random weights")                                      \
+  TEXT(TRAINING, init, "", "start from this model, a directory or file, instead of random weights")                                 \
                                                                                                                                     \
   TEXT(DATA, data, "arithmetic", "training data: arithmetic, or token shards: data/train_*.bin, or a_*.bin:0.7,b_*.bin:0.3")       \
   TEXT(DATA, tokenizer, "", "tokenizer of the shards, a file or its directory; empty: beside the shards")                           \
@@ -99,7 +100,7 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(SHARED, seed, 1337, 0, INT_MAX, "number that all random choices depend on")                                                   \
   CHOICE(SHARED, precision, 0, "bf16|fp32", "operands of float products; sums are fp32 always")                                     \
                                                                                                                                     \
-  TEXT(RUNNING, val_data, "", "validation shards, as in data; empty: none (arithmetic has its held-out problems)")                    \
+  TEXT(RUNNING, val_data, "", "validation shards, as in data; empty: none (arithmetic has its held-out problems)")                  \
   TEXT(COMMAND, resume, "", "go on with this run or checkpoint, with its own options")                                              \
   INT(COMMAND, stop_at, 0, 0, INT_MAX, "stop after this step as an interruption would: saved, schedules unchanged; 0 = at the end") \
   INT(RUNNING, eval_every, 0, 0, INT_MAX, "steps between evaluations; 0 = only at the end")                                         \
@@ -108,8 +109,8 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(RUNNING, save_every, 0, 0, INT_MAX, "steps between checkpoints; 0 = only at the end")                                         \
   INT(RUNNING, keep, 3, 0, INT_MAX, "newest checkpoints that are kept; 0 = all")                                                    \
   INT(RUNNING, sample_every, 0, 0, INT_MAX, "steps between samples; 0 = only at the end")                                           \
-  TEXT(RUNNING, sample_prompt, "Once upon a time", "samples continue this text; several texts are separated by |")                    \
-  INT(RUNNING, health_every, 10, 0, INT_MAX, "steps between measurements of the codes (zeros, flips) in log.jsonl; 0 = never")        \
+  TEXT(RUNNING, sample_prompt, "Once upon a time", "samples continue this text; several texts are separated by |")                  \
+  INT(RUNNING, health_every, 10, 0, INT_MAX, "steps between measurements of the codes (zeros, flips) in log.jsonl; 0 = never")      \
   INT(RUNNING, log_every, 1, 1, INT_MAX, "steps between lines of log.jsonl")                                                        \
   TEXT(RUNNING, run_dir, "runs", "where run folders are made")                                                                      \
   TEXT(RUNNING, name, "", "name of the run folder; empty: preset and time")                                                         \
@@ -122,12 +123,23 @@ default, names separated by |, help; its value is the index of the name. A switc
   REAL(INFERENCE, top_p, 1, 0, 1, "sample from the most likely tokens that together have this probability")                         \
   INT(INFERENCE, count, 1, 1, 4096, "texts to generate at once")                                                                    \
   CHOICE(INFERENCE, chat_template, 0, "auto|none|chatml|llama3|alpaca", "chat: how turns are marked; auto: what the tokenizer has marks for") \
-  TEXT(INFERENCE, system, "", "chat: what the model is told before the first turn")                                                  \
+  TEXT(INFERENCE, system, "", "chat: what the model is told before the first turn")                                                 \
   INT(INFERENCE, decode, 0, 0, 1, "tokenize: ids to text instead of text to ids")                                                   \
-  TEXT(INFERENCE, file, "", "perplexity: a text file")                                                                              \
+  TEXT(INFERENCE, file, "", "perplexity, convert: a text file")                                                                     \
   INT(INFERENCE, overlap, 0, 0, 1 << 24, "perplexity: tokens of a window that are only context")                                    \
   TEXT(INFERENCE, ids, "", "token ids, separated by blanks or commas")                                                              \
   REAL(INFERENCE, lambda, 1, 0, 1, "1 = the ternary model, 0 = its float master weights")                                           \
+                                                                                                                                    \
+  TEXT(CONVERT, out, "", "where the converted model goes: a directory; for format=gguf also a file")                                \
+  CHOICE(CONVERT, format, 0, "hf|packed|gguf|trits|compress", "hf: float master weights; the others: ternary codes")                \
+  CHOICE(CONVERT, type, 0, "auto|f32|bf16|f16|q8_0|tq1_0|tq2_0|i2_s", "type of the matrices in a GGUF file, of the floats elsewhere") \
+  CHOICE(CONVERT, embed_type, 0, "f16|f32|bf16|q8_0", "type of the embedding in a GGUF file")                                       \
+  CHOICE(CONVERT, scale, 0, "auto|multiply|divide", "packed: what readers do with weight_scale; auto: divide where there are biases") \
+  INT(CONVERT, fold, 0, 0, 1, "keep the norms in front of the matrices, also where transformers has a class without it")            \
+  INT(CONVERT, calibrate, 0, 0, 10000, "batches of file= that the gains of inserted sub-norms are measured on; 0 = gain 1")         \
+  TEXT(CONVERT, params, "", "make a new model of about this many parameters, such as 750M or 1.5B")                                 \
+  INT(CONVERT, any_size, 0, 0, 1, "params: also below 300M and above 200B")                                                         \
+  INT(CONVERT, ternary_embed, 0, 0, 1, "params, trits, compress: the embedding is ternary, too (experimental)")                     \
                                                                                                                                     \
   INT(GENERAL, threads, 0, 0, 1024, "CPU threads; 0 = one for each core. Does not change results")                                  \
   TEXT(GENERAL, config, "", "JSON file with values for options; the command line overrules it")                                     \
@@ -466,7 +478,7 @@ static void preset_apply_(Options *o, const Preset *p) {
 
 // Prints the table (all of it, or the groups of one mode) to stdout.
 UNUSED static void options_help(const Mode *modes, size_t n_modes, const Mode *mode) {
-  static const char *const titles[] = {"Model", "Training", "Data", "Seed and precision", "Running", "Inference", "General", "This call"};
+  static const char *const titles[] = {"Model", "Training", "Data", "Seed and precision", "Running", "Inference", "General", "This call", "Convert"};
   Options o;
   options_defaults(&o);
   printf("usage: ./train_bitnet [MODE] [PRESET | DIR] [key=value | --key=value | --key value]...\n\n");

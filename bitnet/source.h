@@ -28,12 +28,18 @@ What differs between the formats:
 
 #define CONFIG_CRC_ "\"crc32\": \""   // in config.json: the CRC-32 of the file with these eight digits set to 0
 
-enum { PACKED_NONE, PACKED_MULTIPLY, PACKED_DIVIDE };   // what is done with weight_scale
+/*
+How a directory holds its matrices: as float master weights; as four codes a byte with a weight_scale that is multiplied or divided with;
+as five codes a byte (TRITS) or four (RECORD) in one row, with their own scale, shape and, for the latter, threshold.
+*/
+enum { PACKED_NONE, PACKED_MULTIPLY, PACKED_DIVIDE, PACKED_TRITS, PACKED_RECORD };
 
 // What a config.json says about the form of the weights.
 typedef struct {
   int packed;   // PACKED_*
   int folded;   // 1: every matrix has a norm of its own in front (use_rms_norm)
+  int plain;    // for writing: 1 = a float network, without quantization_config
+  int dtype;    // for writing: StDtype of the floats
 } WeightForm;
 
 // ---------------------------------------------------------------------------------------------------------
@@ -101,7 +107,7 @@ static void config_read_rope_(const char *path, const Json *root, Config *c, dou
     die(EXIT_DAMAGED, "%s: the numbers of rope_scaling make no sense", path);
 }
 
-// Checks the CRC that config_put_json left in the text; a file of another program has none.
+// Checks the CRC that config_put_form left in the text; a file of another program has none.
 static void config_check_crc_(const char *path, char *text, size_t len) {
   char *at = strstr(text, CONFIG_CRC_), digits[16];
   if (at == NULL) return;
@@ -148,6 +154,10 @@ static void config_read_form_(const char *path, const Json *quant, Config *c, We
   const char *mode = config_text_(path, quant, "quantization_mode", "offline"),
              *method = config_text_(path, quant, "quant_method", "none"),
              *linear = config_text_(path, quant, "linear_class", "bitlinear");
+  if (strcmp(method, "bitnet_c") == 0 && (strcmp(mode, "trits") == 0 || strcmp(mode, "record") == 0)) {
+    form->packed = mode[0] == 't' ? PACKED_TRITS : PACKED_RECORD;
+    return;
+  }
   if (strcmp(method, "bitnet") != 0) die(EXIT_USAGE, "%s: weights quantised by %s cannot be read; those of bitnet can", path, method);
   int automatic = strcmp(linear, "autobitlinear") == 0, offline = strcmp(mode, "offline") == 0;
   if ((!automatic && strcmp(linear, "bitlinear") != 0) || (!offline && strcmp(mode, "online") != 0))
@@ -413,6 +423,7 @@ typedef struct {
   int paired;                         // 1: rows of each head are in the other order
   const StFile *file;                 // Hugging Face
   const StTensor *st, *scale;
+  int row;                            // 1: codes in one row, 4 or 5 a byte
   const GgufTensor *gguf;
   float gamma;                        // GGUF: the scale of a ternary matrix
   float factor;                       // GGUF: what all values are multiplied by, from "<name>.scale"
@@ -556,9 +567,55 @@ static void source_unfold_(const ModelSource *s, SourceTensor *x) {
   }
 }
 
+/*
+A tensor of the TRITS and RECORD forms: codes in one row with "<name>.shape" and "<name>.scale", or floats. The writer that the former
+comes from stored no scale; then it is 1.
+*/
+static void source_resolve_row_(const ModelSource *s, SourceTensor *x) {
+  const Tensor *t = x->t;
+  char name[160], other[176];
+  const StFile *f;
+  size_t per = s->form.packed == PACKED_TRITS ? 5 : 4, n = (t->n + per - 1) / per, ndim = (size_t)t->ndim, one = 1;
+  snprintf(name, sizeof name, "%s%s", s->form.packed == PACKED_TRITS ? "model." : "", t->name);
+  x->st = st_set_find(&s->set, name, &x->file);
+  if (x->st == NULL) die(EXIT_DAMAGED, "%s: tensor %s is missing; config.json asks for it", s->path, name);
+  if (x->st->dtype != ST_U8) {
+    if (t->flags & TERNARY) die(EXIT_DAMAGED, "%s: tensor %s: expected codes of type U8, found %s", x->file->path, name, st_dtype_name(x->st->dtype));
+    source_find_st_(s, name, t->ndim, t->shape, &x->file);
+    return;
+  }
+  source_find_st_(s, name, 1, &n, &x->file);
+  x->row = 1;
+  x->ternary = (t->flags & TERNARY) != 0;
+  x->gamma = 1;
+  snprintf(other, sizeof other, "%s.shape", name);
+  const StTensor *shape = source_find_st_(s, other, 1, &ndim, &f);
+  if (shape->dtype != ST_I32) die(EXIT_DAMAGED, "%s: tensor %s: expected the type I32, found %s", f->path, other, st_dtype_name(shape->dtype));
+  for (int i = 0; i < t->ndim; i++) {
+    int32_t d;
+    memcpy(&d, st_data(f, shape) + 4 * i, 4);
+    if (d < 0 || (size_t)d != t->shape[i])
+      die(EXIT_DAMAGED, "%s: tensor %s: expected %zu in place %d, found %d", f->path, other, t->shape[i], i, d);
+  }
+  snprintf(other, sizeof other, "%s.scale", name);
+  x->scale = st_set_find(&s->set, other, &f);
+  if (x->scale == NULL) {
+    fprintf(stderr, "warning: %s: tensor %s has no scale; 1 is taken\n", x->file->path, name);
+    return;
+  }
+  source_find_st_(s, other, 1, &one, &f);
+  st_read_f32(f, x->scale, &x->gamma, 0, 1);
+  if (!(x->gamma > 0) || !isfinite(x->gamma))
+    die(EXIT_DAMAGED, "%s: tensor %s: expected a positive number, found %g", f->path, other, (double)x->gamma);
+}
+
 static void source_resolve_hf_(const ModelSource *s, SourceTensor *x) {
   const Tensor *t = x->t;
   char name[160];
+  if (s->form.packed >= PACKED_TRITS) {
+    source_resolve_row_(s, x);
+    return;
+  }
   if (s->form.folded) source_unfold_(s, x);
   if (x->st) return;
   if (!(t->flags & TERNARY) || s->form.packed == PACKED_NONE) {
@@ -600,13 +657,21 @@ static void source_refuse_surplus_(const ModelSource *s) {
       // Old files keep angles; a tied model may repeat its embedding; the last two belong to the form of the weights, and were found.
       int known = strstr(name, "rotary_emb.inv_freq") != NULL || strstr(name, "attention.masked_bias") != NULL ||
                   (s->c.tie_embeddings && strcmp(name, "lm_head.weight") == 0);
+      int row = s->form.packed >= PACKED_TRITS;
+      if (s->form.packed == PACKED_TRITS && strncmp(name, "model.", 6) == 0) {
+        name += 6;
+        len -= 6;
+      }
       for (int n = 0; n < s->table.count && !known; n++) {
         const Tensor *t = &s->table.tensors[n];
+        size_t whole = strlen(t->name);
         known = strcmp(t->name, name) == 0;
-        if (known || !(t->flags & TERNARY)) continue;
+        if (row && !known && strncmp(t->name, name, whole) == 0)
+          known = strcmp(name + whole, ".shape") == 0 || strcmp(name + whole, ".scale") == 0 || strcmp(name + whole, ".threshold") == 0;
+        if (row || known || !(t->flags & TERNARY)) continue;
         size_t front = strlen(t->name) - strlen("weight");
         if (len <= front || strncmp(t->name, name, front) != 0) continue;
-        known = (s->form.packed && strcmp(name + front, "weight_scale") == 0) ||
+        known = (s->form.packed != PACKED_NONE && strcmp(name + front, "weight_scale") == 0) ||
                 (s->form.folded && strcmp(name + front, "rms_norm.weight") == 0);
       }
       if (!known) die(EXIT_DAMAGED, "%s: tensor %s does not belong to a model of this config.json", f->path, name);
@@ -713,8 +778,29 @@ UNUSED static void source_open(ModelSource *s, const char *path) {
 // ---------------------------------------------------------------------------------------------------------
 // Reading.
 
+// Codes first .. first+n-1 of a tensor that holds them in one row. Exit 3 for a byte or bits that stand for none.
+static void source_row_codes_(const ModelSource *s, const SourceTensor *x, int8_t *codes, size_t first, size_t n) {
+  static const int powers[5] = {1, 3, 9, 27, 81};
+  const unsigned char *p = st_data(x->file, x->st);
+  for (size_t k = 0; k < n; k++) {
+    size_t at = first + k;
+    int trits = s->form.packed == PACKED_TRITS, byte = p[at / (trits ? 5 : 4)];
+    int code = trits ? byte / powers[at % 5] % 3 - 1 : (byte >> (6 - 2 * (at % 4)) & 3) - 1;
+    if (trits ? byte > 242 : code == 2)
+      die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: expected codes, found the byte %d", x->file->path, x->st->name,
+          x->file->data_at + x->st->begin + at / (trits ? 5 : 4), byte);
+    codes[k] = (int8_t)code;
+  }
+}
+
 // Floats as they lie in the file, before rows are reordered.
 static void source_raw_(const ModelSource *s, const SourceTensor *x, float *out, size_t first, size_t n) {
+  int8_t code;
+  for (size_t i = 0; i < n && x->row; i++) {
+    source_row_codes_(s, x, &code, first + i, 1);
+    out[i] = x->gamma * (float)code;
+  }
+  if (x->row) return;
   if (x->st) st_read_f32(x->file, x->st, out, first, n);
   else if (x->gguf) gguf_read(&s->gguf, x->gguf, out, first, n);
   else if (x->part >= 0) llama2c_read(&s->bin, x->part, x->layer, out, first, n);
@@ -750,6 +836,10 @@ UNUSED static float source_codes(const ModelSource *s, int i, int8_t *codes) {
   const SourceTensor *x = &s->tensors[i];
   size_t rows = x->t->shape[0], cols = x->t->shape[1], hs = (size_t)s->c.head_dim;
   float gamma = x->gamma, values[SOURCE_CHUNK_];
+  if (x->row) {
+    source_row_codes_(s, x, codes, 0, rows * cols);
+    return gamma;
+  }
   if (x->st) {
     if (!unpack4(codes, st_data(x->file, x->st), rows, cols))
       die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: expected the codes 0, 1 and 2, found a 3", x->file->path, x->t->name,
