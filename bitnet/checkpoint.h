@@ -410,7 +410,14 @@ place of the latter. Returns 0 if there is none.
 static int file_tokenizer_(char *found, size_t cap, const char *path) {
   Config c;
   char dir[4096], name[64];
-  if (source_begins_(path, "GGUF")) return 1;
+  if (source_begins_(path, "GGUF")) {
+    Gguf g;
+    char model[32];
+    gguf_open(&g, path);
+    gguf_text(&g, "tokenizer.ggml.model", model, sizeof model, "none");
+    gguf_close(&g);
+    return strcmp(model, "none") != 0;
+  }
   config_read(&c, path);
   snprintf(dir, sizeof dir, "%s", path);
   char *slash = strrchr(dir, '/');
