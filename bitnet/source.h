@@ -744,19 +744,33 @@ static void source_resolve_llama2c_(const ModelSource *s, SourceTensor *x) {
   x->constant = 1.0f / (float)x->t->n;
 }
 
+enum { SOURCE_MAX_CONTEXT = 1 << 20 };
+
+// Exits with 3 where the Config would make us allocate much more than the file has: every layer has nine tensors at least, and the context
+// decides the size of the table of angles.
+static void source_check_size_(const ModelSource *s) {
+  size_t n = s->gguf.n_tensors;
+  for (size_t i = 0; i < s->set.n_files; i++) n += s->set.files[i].n_tensors;
+  if (s->kind != SOURCE_LLAMA2C && (size_t)s->c.layers > n / 9)
+    die(EXIT_DAMAGED, "%s: expected the tensors of %d layers, found only %zu tensors", s->path, s->c.layers, n);
+  if (s->c.max_seq > SOURCE_MAX_CONTEXT)
+    die(EXIT_DAMAGED, "%s: expected a context of at most %d, found %d", s->path, SOURCE_MAX_CONTEXT, s->c.max_seq);
+}
+
 /*
 Opens a model: its Config, and for each tensor of the table where it lies. Every tensor must be there with the right shape, and none may be
 left over. Exit 2 for a model that cannot be run, 3 for one that is damaged.
 */
 UNUSED static void source_open(ModelSource *s, const char *path) {
   source_open_config_(s, path);
-  tensor_table(&s->table, &s->c);
-  s->tensors = (SourceTensor *)xcalloc((size_t)s->table.count, sizeof *s->tensors);
-  unsigned char *used = (unsigned char *)xcalloc(s->gguf.n_tensors, 1);
   if (s->kind == SOURCE_HF) {
     st_set_open(&s->set, path);
     st_set_verify(&s->set);
   }
+  source_check_size_(s);
+  tensor_table(&s->table, &s->c);
+  s->tensors = (SourceTensor *)xcalloc((size_t)s->table.count, sizeof *s->tensors);
+  unsigned char *used = (unsigned char *)xcalloc(s->gguf.n_tensors, 1);
   for (int i = 0; i < s->table.count; i++) {
     SourceTensor *x = &s->tensors[i];
     x->t = &s->table.tensors[i];
