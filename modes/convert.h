@@ -119,7 +119,7 @@ static void convert_blank_(const Options *o) {
   if (!options_is_set(o, "tie_embeddings")) fixed.tie_embeddings = 0;
   config_from_options(&c, &fixed);
   double n = params_shape(&c, target);
-  if (n == 0) die(EXIT_USAGE, "params=%s: no shape within the limits comes within 1 %% of it; the largest is about 138B", o->params);
+  if (n == 0) die(EXIT_USAGE, "params=%s: no shape comes within 1 %% of it; the widest is 8192, the deepest has 128 layers", o->params);
   memset(&form, 0, sizeof form);
   memset(&b, 0, sizeof b);
   form.dtype = o->type == TYPE_BF16 ? ST_BF16 : o->type == TYPE_F16 ? ST_F16 : ST_F32;
