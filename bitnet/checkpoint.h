@@ -127,8 +127,8 @@ static void put_member_(StrBuf *b, const char *key, double value) {
 
 /*
 Appends config.json. All fields are written, because the defaults differ between classes and versions. The old spelling rope_theta +
-rope_scaling is understood by old and new releases of transformers. The object "bitnet_c" holds what other programs do not know. t may be
-NULL.
+rope_scaling is understood by old and new releases of transformers. The object "bitnet_c" holds what other programs do not know. t may
+be NULL.
 */
 UNUSED static void config_put_form(StrBuf *b, const Config *c, const Tokenizer *t, const WeightForm *form) {
   static const char *const dtypes[] = {"float32", "bfloat16", "float16"};
@@ -318,8 +318,9 @@ static void load_rows_(Head *h, const ModelSource *s, int i, float *device, floa
 }
 
 /*
-The same in the form that only runs, at lambda = 1: the bits of model_load and model_quantize in about a sixteenth of the memory, and codes
-that a file holds go in as they are. Besides the model itself there is never more than one matrix in float. Exits as source_open does.
+The same in the form that only runs, at lambda = 1: the bits of model_load and model_quantize in about a sixteenth of the memory, and
+codes that a file holds go in as they are. Besides the model itself there is never more than one matrix in float. Exits as source_open
+does.
 */
 UNUSED static void model_load_frozen(Model *m, const char *path, int precision) {
   ModelSource s;
@@ -455,7 +456,8 @@ UNUSED static void checkpoint_tokenizer(Tokenizer *t, const char *path) {
   } else if (file_tokenizer_(file, sizeof file, path)) {
     tokenizer_load(t, file);
   } else {
-    die(EXIT_USAGE, "%s: there is no tokenizer.bin beside it; copy it there, or make a directory with convert init=%s tokenizer=FILE out=DIR",
+    die(EXIT_USAGE,
+        "%s: there is no tokenizer.bin beside it; copy it there, or make a directory with convert init=%s tokenizer=FILE out=DIR",
         path, path);
   }
   if (t->vocab_size > c.vocab) die(EXIT_DAMAGED, "%s: the tokenizer has %d tokens, the model only %d", path, t->vocab_size, c.vocab);

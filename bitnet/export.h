@@ -91,7 +91,8 @@ UNUSED static void exporter_floats(Exporter *e, int i, float *out, size_t first,
   }
 }
 
-// All codes of matrix i, which stay valid until the next call for another tensor, and *gamma: those that the model runs with at lambda = 1.
+// All codes of matrix i, which stay valid until the next call for another tensor, and *gamma: those that the model runs with at lambda
+// = 1.
 UNUSED static const int8_t *exporter_codes(Exporter *e, int i, float *gamma) {
   const Tensor *t = &e->table.tensors[i];
   if (e->at_codes != i && e->s->tensors[e->from[i]].ternary) {
@@ -131,8 +132,8 @@ UNUSED static void sizes_add_(Sizes *s, const Tensor *t, size_t bytes) {
 Hugging Face directories.
 
 Sub-norms in a class that has none, such as Qwen3: transformers' use_rms_norm puts a norm in front of every matrix. With the block's
-own norms all ones, norm1 in front of q, k, v, norm2 in front of gate and up, and the sub-norms in front of o and down, the network is the
-same: the second norm of a vector that is normalised already changes it by about eps / 2.
+own norms all ones, norm1 in front of q, k, v, norm2 in front of gate and up, and the sub-norms in front of o and down, the network is
+the same: the second norm of a vector that is normalised already changes it by about eps / 2.
 */
 
 // 1 if transformers has no class for this Config, but has one with the norms folded into the matrices.
@@ -264,8 +265,8 @@ static void export_pack_(uint8_t *out, const int8_t *codes, size_t rows, size_t 
   }
 }
 
-// Bytes first .. first+n-1 of a row of `count` codes: five digits of base 3, the first the least, filled up with digit 0; or four of two
-// bits, the first on top, filled up with the code of zero.
+// Bytes first .. first+n-1 of a row of `count` codes: five digits of base 3, the first the least, filled up with digit 0; or four of
+// two bits, the first on top, filled up with the code of zero.
 static void export_row_(uint8_t *out, const int8_t *codes, size_t count, int trits, size_t first, size_t n) {
   for (size_t k = 0; k < n; k++) {
     size_t at = (first + k) * (trits ? 5 : 4);
@@ -301,8 +302,8 @@ static void export_source_(void *ctx, size_t entry, size_t first, size_t count, 
 }
 
 /*
-The index that seed programs of the TRITS form write. total_size counts 1.58 bits for each code and four bytes for each dimension, which is
-less than the file has; file_bytes is the true number. 0 or errno.
+The index that seed programs of the TRITS form write. total_size counts 1.58 bits for each code and four bytes for each dimension,
+which is less than the file has; file_bytes is the true number. 0 or errno.
 */
 static int export_index_(const Pieces_ *p, const char *dir) {
   StrBuf b = {NULL, 0, 0};
@@ -324,10 +325,11 @@ static int export_index_(const Pieces_ *p, const char *dir) {
 }
 
 /*
-Writes a directory that exists. t may be NULL. ternary_embed: see export_pieces_. The config is written last, so that a directory of which
-only a part was written is no model. Exit 1 if the disk fails.
+Writes a directory that exists. t may be NULL. ternary_embed: see export_pieces_. The config is written last, so that a directory of
+which only a part was written is no model. Exit 1 if the disk fails.
 */
-UNUSED static void export_directory(Exporter *e, const Tokenizer *t, const WeightForm *form, int ternary_embed, const char *dir, Sizes *sizes) {
+UNUSED static void export_directory(Exporter *e, const Tokenizer *t, const WeightForm *form, int ternary_embed, const char *dir,
+                                    Sizes *sizes) {
   Pieces_ p;
   char path[4096];
   struct stat st;
@@ -378,7 +380,9 @@ UNUSED static const char *gguf_architecture(const Config *c, int type, const cha
     *why = "llama.cpp and bitnet.cpp quantise activations to 8 bits, this model to 4";
   } else if (subs == 2) {
     *why = "sub-norms together with biases or q/k norms have no architecture in llama.cpp or bitnet.cpp";
-    if (plain) *why = "with sub-norms, llama.cpp and bitnet.cpp always use the embedding as the classifier; this model's is a matrix of its own";
+    if (plain)
+      *why =
+          "with sub-norms, llama.cpp and bitnet.cpp always use the embedding as the classifier; this model's is a matrix of its own";
     if (plain && c->tie_embeddings) {
       *why = "the architecture bitnet has norms as wide as the model, but heads x head_dim is not dim";
       if (c->heads * c->head_dim == c->dim) name = c->activation == ACT_RELU2 ? "bitnet-b1.58" : "bitnet";
@@ -426,7 +430,8 @@ UNUSED static const char *gguf_refusal(const Exporter *e, int type, int lambda) 
     return "float weights (lambda=0) do not fit a ternary type; write f32, f16, bf16 or q8_0";
   for (int i = 0; i < e->table.count && type == GGUF_I2_S; i++) {
     const Tensor *t = &e->table.tensors[i];
-    if (t->flags & TERNARY && t->shape[1] % 128 != 0) return "i2_s needs rows of a multiple of 128 values, this model has others; bitnet.cpp would be wrong silently";
+    if (t->flags & TERNARY && t->shape[1] % 128 != 0)
+      return "i2_s needs rows of a multiple of 128 values, this model has others; bitnet.cpp would be wrong silently";
   }
   return NULL;
 }
@@ -463,7 +468,8 @@ static void gguf_encode_(uint8_t *out, const float *x, size_t n, int type, const
     if (type != GGUF_F32 && type != GGUF_BF16 && type != GGUF_I2_S) {
       float most = gamma;
       for (size_t k = 0; k < t->block && t->block <= 32; k++) most = fabsf(x[b + k]) > most ? fabsf(x[b + k]) : most;
-      if (!(most <= 65504)) die(EXIT_USAGE, "tensor %s: expected at most 65504 for 16-bit floats, found %g; write bf16 or f32", name, (double)most);
+      if (!(most <= 65504))
+        die(EXIT_USAGE, "tensor %s: expected at most 65504 for 16-bit floats, found %g; write bf16 or f32", name, (double)most);
     }
     switch (type) {
       case GGUF_F32: memcpy(out, x + b, 4); break;
@@ -513,7 +519,8 @@ static void gguf_source_(void *ctx, size_t k, SafeFile *f) {
 
 // The metadata of the network; file_type is a label for people.
 static void gguf_put_config_(GgufOut *o, const Config *c, const char *arch, int type, const char *title) {
-  static const int labels[][2] = {{GGUF_F32, 0}, {GGUF_F16, 1}, {GGUF_Q8_0, 7}, {GGUF_BF16, 32}, {GGUF_TQ1_0, 36}, {GGUF_TQ2_0, 37}, {GGUF_I2_S, 40}};
+  static const int labels[][2] = {{GGUF_F32, 0},    {GGUF_F16, 1},    {GGUF_Q8_0, 7}, {GGUF_BF16, 32},
+                                  {GGUF_TQ1_0, 36}, {GGUF_TQ2_0, 37}, {GGUF_I2_S, 40}};
   const struct { const char *key; int value; } numbers[] = {
       {"block_count", c->layers}, {"context_length", c->max_seq}, {"embedding_length", c->dim}, {"feed_forward_length", c->ffn_dim},
       {"attention.head_count", c->heads}, {"attention.head_count_kv", c->kv_heads}, {"attention.key_length", c->head_dim},
@@ -525,7 +532,8 @@ static void gguf_put_config_(GgufOut *o, const Config *c, const char *arch, int 
     if (labels[i][0] == type) gguf_put_u32(o, "general.file_type", (uint32_t)labels[i][1]);
   }
   gguf_put_u32(o, "general.quantization_version", 2);
-  if (type == GGUF_I2_S) gguf_put_text(o, "general.description", "I2_S in the layout of bitnet.cpp for x86: blocks of 128 values in 32 bytes");
+  if (type == GGUF_I2_S)
+    gguf_put_text(o, "general.description", "I2_S in the layout of bitnet.cpp for x86: blocks of 128 values in 32 bytes");
   for (size_t i = 0; i < ARRAY_LEN(numbers); i++) {
     snprintf(key, sizeof key, "%s.%s", arch, numbers[i].key);
     gguf_put_u32(o, key, (uint32_t)numbers[i].value);
@@ -537,11 +545,11 @@ static void gguf_put_config_(GgufOut *o, const Config *c, const char *arch, int 
 }
 
 /*
-Writes a GGUF file: matrices in this type where their rows allow it (otherwise Q8_0 or F16: *other counts those), ternary at lambda = 1 and
-as they are at lambda = 0; embeddings in embed_type; norms and biases in F32. Must not be refused by gguf_refusal. t may be NULL.
+Writes a GGUF file: matrices in this type where their rows allow it (otherwise Q8_0 or F16: *other counts those), ternary at lambda = 1
+and as they are at lambda = 0; embeddings in embed_type; norms and biases in F32. Must not be refused by gguf_refusal. t may be NULL.
 */
-UNUSED static void export_gguf(Exporter *e, const Tokenizer *t, int type, int embed_type, int lambda, const char *path, const char *title,
-                               Sizes *sizes, int *other) {
+UNUSED static void export_gguf(Exporter *e, const Tokenizer *t, int type, int embed_type, int lambda, const char *path,
+                               const char *title, Sizes *sizes, int *other) {
   const char *why, *arch = gguf_architecture(&e->c, type, &why);
   GgufOut out;
   GgufExport_ x;

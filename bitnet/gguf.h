@@ -59,8 +59,8 @@ UNUSED static size_t gguf_bytes(const GgufType *t, size_t n) {
 // An open file.
 
 enum {   // types of metadata values
-  GGUF_U8, GGUF_I8, GGUF_U16, GGUF_I16, GGUF_U32, GGUF_I32, GGUF_FLOAT, GGUF_BOOL, GGUF_STRING, GGUF_ARRAY, GGUF_U64, GGUF_I64, GGUF_DOUBLE,
-  GGUF_VALUE_TYPES
+  GGUF_U8, GGUF_I8, GGUF_U16, GGUF_I16, GGUF_U32, GGUF_I32, GGUF_FLOAT, GGUF_BOOL, GGUF_STRING, GGUF_ARRAY, GGUF_U64, GGUF_I64,
+  GGUF_DOUBLE, GGUF_VALUE_TYPES
 };
 
 enum { GGUF_MAX_TENSORS = 1 << 20, GGUF_MAX_KEYS = 1 << 16, GGUF_MAX_DIMS = 4, GGUF_NAME_CAP = 64, GGUF_ALIGNMENT = 32 };
@@ -199,7 +199,8 @@ UNUSED static void gguf_open_tensor_(const Gguf *g, GgufTensor *t, size_t *at, u
   for (int i = 0; i < GGUF_MAX_DIMS; i++) {
     uint64_t d = i < t->ndim ? gguf_take_(g, at, 8, "a dimension") : 1;
     if (d == 0 || d > SIZE_MAX / 16 / t->n)
-      gguf_bad_(g, *at - 8, "tensor %s: expected a size that memory can hold, found the dimension %llu", t->name, (unsigned long long)d);
+      gguf_bad_(g, *at - 8, "tensor %s: expected a size that memory can hold, found the dimension %llu", t->name,
+                (unsigned long long)d);
     t->dims[i] = (size_t)d;
     t->n *= (size_t)d;
   }
@@ -279,7 +280,8 @@ UNUSED static void gguf_text(const Gguf *g, const char *name, char *out, size_t 
   if (k->type != GGUF_STRING) gguf_bad_(g, k->at, "key %s: expected a string, found another type", name);
   size_t at = k->at, len;
   const char *s = gguf_take_string_(g, &at, &len, name);
-  if (len >= cap || memchr(s, 0, len)) gguf_bad_(g, k->at, "key %s: expected a text of less than %zu bytes, found %zu", name, cap, len);
+  if (len >= cap || memchr(s, 0, len))
+    gguf_bad_(g, k->at, "key %s: expected a text of less than %zu bytes, found %zu", name, cap, len);
   memcpy(out, s, len);
   out[len] = 0;
 }
@@ -295,7 +297,8 @@ UNUSED static void gguf_check_names_(Gguf *g) {
   for (size_t i = 0; i < g->n_keys; i++) keys[i] = &g->keys[i];
   qsort(keys, g->n_keys, sizeof *keys, gguf_by_key_);
   for (size_t i = 1; i < g->n_keys; i++) {
-    if (strcmp(keys[i]->name, keys[i - 1]->name) == 0) gguf_bad_(g, keys[i]->at, "expected key %.80s once, found it twice", keys[i]->name);
+    if (strcmp(keys[i]->name, keys[i - 1]->name) == 0)
+      gguf_bad_(g, keys[i]->at, "expected key %.80s once, found it twice", keys[i]->name);
   }
   free(keys);
   for (size_t i = 0; i < g->n_tensors; i++) g->by_name[i] = &g->tensors[i];
@@ -306,7 +309,8 @@ UNUSED static void gguf_check_names_(Gguf *g) {
   }
 }
 
-// Maps a file and checks all of its header; blocks are looked at when they are read. Exit 2 if the file cannot be read, 3 if it is damaged.
+// Maps a file and checks all of its header; blocks are looked at when they are read. Exit 2 if the file cannot be read, 3 if it is
+// damaged.
 UNUSED static void gguf_open(Gguf *g, const char *path) {
   struct stat st;
   memset(g, 0, sizeof *g);
@@ -325,10 +329,12 @@ UNUSED static void gguf_open(Gguf *g, const char *path) {
 
   // 1. The counts. Each key takes at least 13 bytes and each tensor 33, so that a count is never larger than the file.
   size_t at = 4;
-  uint64_t version = gguf_take_(g, &at, 4, "a version"), tensors = gguf_take_(g, &at, 8, "a count"), keys = gguf_take_(g, &at, 8, "a count");
+  uint64_t version = gguf_take_(g, &at, 4, "a version"), tensors = gguf_take_(g, &at, 8, "a count"),
+           keys = gguf_take_(g, &at, 8, "a count");
   if (version == 0x02000000 || version == 0x03000000) gguf_bad_(g, 4, "expected a little-endian file, found a big-endian one");
   if (version != 2 && version != 3)
-    die(EXIT_DAMAGED, "%s: offset 4: expected GGUF version 2 or 3, found %llu; convert the model anew", path, (unsigned long long)version);
+    die(EXIT_DAMAGED, "%s: offset 4: expected GGUF version 2 or 3, found %llu; convert the model anew", path,
+        (unsigned long long)version);
   if (tensors > GGUF_MAX_TENSORS || tensors > g->map_bytes / 33)
     gguf_bad_(g, 8, "expected a number of tensors that fits the file, found %llu", (unsigned long long)tensors);
   if (keys > GGUF_MAX_KEYS || keys > g->map_bytes / 13)
@@ -339,7 +345,8 @@ UNUSED static void gguf_open(Gguf *g, const char *path) {
   for (; g->n_keys < keys; g->n_keys++) gguf_open_key_(g, &g->keys[g->n_keys], &at);
   uint64_t align = gguf_u64(g, "general.alignment", GGUF_ALIGNMENT, 1 << 20);
   if (align == 0 || (align & (align - 1)) != 0)
-    gguf_bad_(g, gguf_key(g, "general.alignment")->at, "general.alignment: expected a power of two, found %llu", (unsigned long long)align);
+    gguf_bad_(g, gguf_key(g, "general.alignment")->at, "general.alignment: expected a power of two, found %llu",
+              (unsigned long long)align);
   g->tensors = (GgufTensor *)xcalloc((size_t)tensors, sizeof *g->tensors);
   g->by_name = (const GgufTensor **)xcalloc((size_t)tensors, sizeof *g->by_name);
   uint64_t *offset = (uint64_t *)xcalloc((size_t)tensors, sizeof *offset);
@@ -351,14 +358,16 @@ UNUSED static void gguf_open(Gguf *g, const char *path) {
   for (size_t i = 0; i < g->n_tensors; i++) {
     GgufTensor *t = &g->tensors[i];
     if (offset[i] != place)
-      gguf_bad_(g, at, "tensor %s: expected its data at %zu, behind the one before, found %llu", t->name, place, (unsigned long long)offset[i]);
+      gguf_bad_(g, at, "tensor %s: expected its data at %zu, behind the one before, found %llu", t->name, place,
+                (unsigned long long)offset[i]);
     if (t->bytes > g->map_bytes - data - place)
-      gguf_bad_(g, data + place, "tensor %s: expected %zu bytes, found the end of the file after %zu; it is cut off", t->name, t->bytes,
-                g->map_bytes - data - place);
+      gguf_bad_(g, data + place, "tensor %s: expected %zu bytes, found the end of the file after %zu; it is cut off", t->name,
+                t->bytes, g->map_bytes - data - place);
     t->begin = data + place;
     end = place + t->bytes;
     place = (end + (size_t)align - 1) / (size_t)align * (size_t)align;
-    if (i + 1 < g->n_tensors && place > g->map_bytes - data) gguf_bad_(g, data + end, "expected padding and more tensors, found the end");
+    if (i + 1 < g->n_tensors && place > g->map_bytes - data)
+      gguf_bad_(g, data + end, "expected padding and more tensors, found the end");
   }
   free(offset);
   if (g->n_tensors > 0 && g->map_bytes != data + place && g->map_bytes != data + end)

@@ -57,7 +57,8 @@ static void gguf_put_pipeline_(StrBuf *b, const Gguf *g) {
   strbuf_printf(b, "  \"normalizer\": %s,\n  \"pre_tokenizer\": ", gguf_splits[i].nfc ? "{\"type\": \"NFC\"}" : "null");
   const char *bytes = "{\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"trim_offsets\": true, \"use_regex\": ";
   if (gguf_splits[i].digits) {
-    strbuf_printf(b, "{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"Digits\", \"individual_digits\": true}, %strue}]}", bytes);
+    strbuf_printf(b, "{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"Digits\", \"individual_digits\": true}, %strue}]}",
+                  bytes);
   } else if (gguf_splits[i].split == SPLIT_GPT2) {
     strbuf_printf(b, "%strue}", bytes);
   } else {
@@ -68,10 +69,13 @@ static void gguf_put_pipeline_(StrBuf *b, const Gguf *g) {
     }
     strbuf_printf(b, "}, \"behavior\": \"Isolated\", \"invert\": false}, %sfalse}]}", bytes);
   }
-  strbuf_printf(b, ",\n  \"decoder\": {\"type\": \"ByteLevel\", \"add_prefix_space\": true, \"trim_offsets\": true, \"use_regex\": true},\n");
-  strbuf_printf(b, "  \"model\": {\"type\": \"BPE\", \"dropout\": null, \"unk_token\": null, \"continuing_subword_prefix\": null,\n"
-                   "    \"end_of_word_suffix\": null, \"fuse_unk\": false, \"byte_fallback\": false, \"ignore_merges\": %s,\n    \"vocab\": {",
-                gguf_splits[i].whole_words ? "true" : "false");
+  strbuf_printf(
+      b, ",\n  \"decoder\": {\"type\": \"ByteLevel\", \"add_prefix_space\": true, \"trim_offsets\": true, \"use_regex\": true},\n");
+  strbuf_printf(
+      b,
+      "  \"model\": {\"type\": \"BPE\", \"dropout\": null, \"unk_token\": null, \"continuing_subword_prefix\": null,\n"
+      "    \"end_of_word_suffix\": null, \"fuse_unk\": false, \"byte_fallback\": false, \"ignore_merges\": %s,\n    \"vocab\": {",
+      gguf_splits[i].whole_words ? "true" : "false");
 }
 
 // A tokenizer.json from byte-level metadata; n tokens of these types.
@@ -119,7 +123,8 @@ static void gguf_put_bin_(StrBuf *b, const Gguf *g, const GgufKey *tokens, size_
     const char *s = gguf_array_text(g, tokens, &at, &len);
     int mark = i < 3 && len == strlen(marks[i]) && memcmp(s, marks[i], len) == 0;
     if (i < 3 ? !mark : types[i] != TOKEN_NORMAL && types[i] != TOKEN_BYTE)
-      die(EXIT_USAGE, "%s: token %zu: SentencePiece vocabularies with special tokens other than <unk>, <s> and </s> are not supported", g->path, i);
+      die(EXIT_USAGE, "%s: token %zu: SentencePiece vocabularies with special tokens other than <unk>, <s> and </s> are not supported",
+          g->path, i);
     StrBuf piece = {NULL, 0, 0};
     strbuf_append(&piece, "", 0);
     for (size_t k = 0; k < len; k++) {
@@ -277,8 +282,8 @@ static int32_t gguf_token_type_(const Tokenizer *t, int id) {
 }
 
 /*
-The metadata of a tokenizer for a model of vocab rows; t may be NULL. A character tokenizer has no form in GGUF: such a file, like one without
-a tokenizer, says "none", can be loaded, and takes token ids only. Returns 0 then.
+The metadata of a tokenizer for a model of vocab rows; t may be NULL. A character tokenizer has no form in GGUF: such a file, like one
+without a tokenizer, says "none", can be loaded, and takes token ids only. Returns 0 then.
 */
 UNUSED static int gguf_put_tokenizer(GgufOut *o, const Tokenizer *t, int vocab) {
   if (t == NULL || t->kind == TOKENIZER_CHARACTERS) {

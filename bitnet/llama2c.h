@@ -9,7 +9,8 @@ Read before: bitnet/safetensors.h.
 Defines:     Llama2c, llama2c_open, llama2c_close, llama2c_place, llama2c_read, llama2c_codes.
 
     legacy      dim, hidden, layers, heads, kv_heads, vocab (negative: the classifier is a matrix of its own), context: int32 each
-                embedding; norm1 of all layers; q, k, v, o, each of all layers; norm2; w1, w2, w3; final norm; two rope tables; classifier
+                embedding; norm1 of all layers; q, k, v, o, each of all layers; norm2; w1, w2, w3; final norm; two rope tables;
+                classifier
     version 1   "ak42", 1, the seven numbers, one byte: shared classifier; zeros up to byte 256
                 norm1, norm2 of all layers; final norm; embedding; q, k, v, o, w1, w2, w3, each of all layers; classifier
     ternary     the same header; final norm; embedding; q, k, v, o, w1, w2, w3, each of all layers: a float scale, then rows*cols/4
@@ -107,8 +108,8 @@ UNUSED static void llama2c_open(Llama2c *f, const char *path) {
 
   int legacy = (uint32_t)head[0] != llama2c_magic;
   if (!legacy && head[1] != 1)
-    die(EXIT_DAMAGED, "%s: offset 4: expected llama2.c version 1, found %d; 8-bit files (version 2) are not read, export version 1", path,
-        head[1]);
+    die(EXIT_DAMAGED, "%s: offset 4: expected llama2.c version 1, found %d; 8-bit files (version 2) are not read, export version 1",
+        path, head[1]);
   const int32_t *h = legacy ? head : head + 2;
   f->dim = h[0];
   f->hidden = h[1];
@@ -126,8 +127,9 @@ UNUSED static void llama2c_open(Llama2c *f, const char *path) {
     ternary = llama2c_layout_(f, LLAMA2C_TERNARY);
     if (f->map_bytes == ternary) return;
   }
-  die(EXIT_DAMAGED, "%s: expected a file of %zu bytes for the shape in its header%s, found %zu; is it cut off, or not a llama2.c model?",
-      path, want, ternary ? " (less if it is ternary)" : "", f->map_bytes);
+  die(EXIT_DAMAGED,
+      "%s: expected a file of %zu bytes for the shape in its header%s, found %zu; is it cut off, or not a llama2.c model?", path, want,
+      ternary ? " (less if it is ternary)" : "", f->map_bytes);
 }
 
 UNUSED static void llama2c_close(Llama2c *f) {
@@ -157,7 +159,8 @@ UNUSED static float llama2c_codes(const Llama2c *f, int part, int layer, int8_t 
     die(EXIT_DAMAGED, "%s: offset %zu: expected the scale of a matrix, found %g", f->path, place, (double)scale);
   for (size_t i = 0; i < count; i++) {
     int bits = p[4 + (first + i) / 4] >> (6 - 2 * ((first + i) % 4)) & 3;
-    if (bits == 2) die(EXIT_DAMAGED, "%s: offset %zu: expected the codes 00, 01 or 11, found 10", f->path, place + 4 + (first + i) / 4);
+    if (bits == 2)
+      die(EXIT_DAMAGED, "%s: offset %zu: expected the codes 00, 01 or 11, found 10", f->path, place + 4 + (first + i) / 4);
     codes[i] = (int8_t)(bits == 3 ? -1 : bits);
   }
   return scale;

@@ -1,10 +1,11 @@
 /*
 source.h: where the numbers of a model come from, whatever program wrote them.
 
-What it is:  one way to open a model (a Hugging Face directory with float or packed weights, a GGUF file, a llama2.c file), to learn its
-             Config, and to read each tensor of our table from it: as floats, or as ternary codes and their scale where the file holds
-             those. Names, row orders and scale conventions of the formats end here.
-What not:    no memory of a model and no device (checkpoint.h fills those); the formats themselves are in safetensors.h, gguf.h, llama2c.h.
+What it is:  one way to open a model (a Hugging Face directory with float or packed weights, a GGUF file, a llama2.c file), to learn
+             its Config, and to read each tensor of our table from it: as floats, or as ternary codes and their scale where the file
+             holds those. Names, row orders and scale conventions of the formats end here.
+What not:    no memory of a model and no device (checkpoint.h fills those); the formats themselves are in safetensors.h, gguf.h,
+             llama2c.h.
 Read before: bitnet/model.h (the tensor table), bitnet/safetensors.h, bitnet/gguf.h, bitnet/llama2c.h.
 Defines:     config_read; gguf_name, rope_factors; ModelSource, SourceTensor, source_open, source_close, source_floats, source_codes,
              source_master, source_is_half, source_release.
@@ -13,7 +14,8 @@ What differs between the formats:
 
     Rotary positions. Ours, like Hugging Face's, turn number i of a head together with number i + head_dim/2; llama2.c and GGUF's
     architecture "llama" turn neighbours. The same network results when the rows of q and k are in another order.
-    Scales. Packed weights of Hugging Face come with weight_scale, which is to be multiplied with or divided by: only linear_class tells.
+    Scales. Packed weights of Hugging Face come with weight_scale, which is to be multiplied with or divided by: only linear_class
+    tells.
     Ternary floats. GGUF knows no master weights, so that a matrix there with only the values -g, 0 and g is taken as codes and the
     scale g, whatever type it is stored as. Quantising it again would give another scale: the mean of |W| counts the zeros.
 */
@@ -29,8 +31,8 @@ What differs between the formats:
 #define CONFIG_CRC_ "\"crc32\": \""   // in config.json: the CRC-32 of the file with these eight digits set to 0
 
 /*
-How a directory holds its matrices: as float master weights; as four codes a byte with a weight_scale that is multiplied or divided with;
-as five codes a byte (TRITS) or four (RECORD) in one row, with their own scale, shape and, for the latter, threshold.
+How a directory holds its matrices: as float master weights; as four codes a byte with a weight_scale that is multiplied or divided
+with; as five codes a byte (TRITS) or four (RECORD) in one row, with their own scale, shape and, for the latter, threshold.
 */
 enum { PACKED_NONE, PACKED_MULTIPLY, PACKED_DIVIDE, PACKED_TRITS, PACKED_RECORD };
 
@@ -123,8 +125,8 @@ static void config_check_crc_(const char *path, char *text, size_t len) {
 }
 
 /*
-A window of attention: some positions see only the last `window` ones. Up to that length the network is the usual one, so the context is
-cut there. In Mistral's class an absent key means 4096, in Qwen's a switch must be on.
+A window of attention: some positions see only the last `window` ones. Up to that length the network is the usual one, so the context
+is cut there. In Mistral's class an absent key means 4096, in Qwen's a switch must be on.
 */
 static void config_read_window_(const char *path, const Json *root, Config *c, const char *type) {
   const Json *v = json_get(root, "sliding_window");
@@ -140,7 +142,8 @@ static void config_read_window_(const char *path, const Json *root, Config *c, c
 static void config_refuse_(const char *path, const Json *root) {
   static const char *const keys[] = {"num_experts", "num_local_experts", "n_routed_experts", "vision_config"};
   const Json *names = json_get(root, "architectures");
-  const char *name = names && names->type == JSON_ARRAY && names->child && names->child->type == JSON_STRING ? names->child->s : "the model";
+  const char *name =
+      names && names->type == JSON_ARRAY && names->child && names->child->type == JSON_STRING ? names->child->s : "the model";
   for (size_t i = 0; i < ARRAY_LEN(keys); i++) {
     const Json *v = json_get(root, keys[i]);
     if (v && v->type != JSON_NULL) die(EXIT_USAGE, "%s: %s with %s is not supported", path, name, keys[i]);
@@ -249,16 +252,26 @@ UNUSED static int name_layer_(const char *name, const char **rest) {
   return (int)layer;
 }
 
-static const char *const gguf_names[][2] = {
-    {"model.embed_tokens.weight", "token_embd.weight"}, {"model.norm.weight", "output_norm.weight"}, {"lm_head.weight", "output.weight"},
-    {"input_layernorm.weight", "attn_norm.weight"}, {"post_attention_layernorm.weight", "ffn_norm.weight"},
-    {"self_attn.q_proj.weight", "attn_q.weight"}, {"self_attn.k_proj.weight", "attn_k.weight"},
-    {"self_attn.v_proj.weight", "attn_v.weight"}, {"self_attn.o_proj.weight", "attn_output.weight"},
-    {"self_attn.q_proj.bias", "attn_q.bias"}, {"self_attn.k_proj.bias", "attn_k.bias"}, {"self_attn.v_proj.bias", "attn_v.bias"},
-    {"self_attn.o_proj.bias", "attn_output.bias"}, {"self_attn.q_norm.weight", "attn_q_norm.weight"},
-    {"self_attn.k_norm.weight", "attn_k_norm.weight"}, {"self_attn.attn_sub_norm.weight", "attn_sub_norm.weight"},
-    {"mlp.ffn_sub_norm.weight", "ffn_sub_norm.weight"}, {"mlp.gate_proj.weight", "ffn_gate.weight"},
-    {"mlp.up_proj.weight", "ffn_up.weight"}, {"mlp.down_proj.weight", "ffn_down.weight"}};
+static const char *const gguf_names[][2] = {{"model.embed_tokens.weight", "token_embd.weight"},
+                                            {"model.norm.weight", "output_norm.weight"},
+                                            {"lm_head.weight", "output.weight"},
+                                            {"input_layernorm.weight", "attn_norm.weight"},
+                                            {"post_attention_layernorm.weight", "ffn_norm.weight"},
+                                            {"self_attn.q_proj.weight", "attn_q.weight"},
+                                            {"self_attn.k_proj.weight", "attn_k.weight"},
+                                            {"self_attn.v_proj.weight", "attn_v.weight"},
+                                            {"self_attn.o_proj.weight", "attn_output.weight"},
+                                            {"self_attn.q_proj.bias", "attn_q.bias"},
+                                            {"self_attn.k_proj.bias", "attn_k.bias"},
+                                            {"self_attn.v_proj.bias", "attn_v.bias"},
+                                            {"self_attn.o_proj.bias", "attn_output.bias"},
+                                            {"self_attn.q_norm.weight", "attn_q_norm.weight"},
+                                            {"self_attn.k_norm.weight", "attn_k_norm.weight"},
+                                            {"self_attn.attn_sub_norm.weight", "attn_sub_norm.weight"},
+                                            {"mlp.ffn_sub_norm.weight", "ffn_sub_norm.weight"},
+                                            {"mlp.gate_proj.weight", "ffn_gate.weight"},
+                                            {"mlp.up_proj.weight", "ffn_up.weight"},
+                                            {"mlp.down_proj.weight", "ffn_down.weight"}};
 
 // GGUF's name of a tensor of our table.
 UNUSED static void gguf_name(char out[GGUF_NAME_CAP], const char *name) {
@@ -336,7 +349,8 @@ static void source_gguf_config_(const Gguf *g, Config *c, int *paired) {
   int ok = 0;
   gguf_text(g, "general.architecture", arch, sizeof arch, "none");
   for (size_t i = 0; i < ARRAY_LEN(known); i++) ok |= strcmp(known[i], arch) == 0;
-  if (!ok) die(EXIT_USAGE, "%s: the architecture '%s' is not supported; llama, qwen2, qwen3, bitnet and bitnet-b1.58 are", g->path, arch);
+  if (!ok)
+    die(EXIT_USAGE, "%s: the architecture '%s' is not supported; llama, qwen2, qwen3, bitnet and bitnet-b1.58 are", g->path, arch);
   *paired = strcmp(arch, "llama") == 0;
   memset(c, 0, sizeof *c);
   const GgufTensor *embed = gguf_find(g, "token_embd.weight");
@@ -363,7 +377,8 @@ static void source_gguf_config_(const Gguf *g, Config *c, int *paired) {
   c->rope_theta = gguf_f32(g, name, 10000);
   snprintf(name, sizeof name, "%s.rope.scaling.type", arch);
   gguf_text(g, name, scaling, sizeof scaling, "none");
-  if (strcmp(scaling, "none") != 0) die(EXIT_USAGE, "%s: rope scaling '%s' is not supported; llama3 (rope_freqs.weight) is", g->path, scaling);
+  if (strcmp(scaling, "none") != 0)
+    die(EXIT_USAGE, "%s: rope scaling '%s' is not supported; llama3 (rope_freqs.weight) is", g->path, scaling);
   c->rope_factor = 8;
   c->rope_low_freq = 1;
   c->rope_high_freq = 4;
@@ -528,14 +543,16 @@ static void source_same_gain_(const StFile *f, const StTensor *a, const StFile *
     st_read_f32(f, a, &x, i, 1);
     if (b) st_read_f32(g, b, &y, i, 1);
     if (x != y)
-      die(EXIT_USAGE, "%s: tensor %s, element %zu: expected %g, found %g; a norm in front of each matrix is supported only where it is one "
-          "of the block's norms", f->path, a->name, i, (double)y, (double)x);
+      die(EXIT_USAGE,
+          "%s: tensor %s, element %zu: expected %g, found %g; a norm in front of each matrix is supported only where it is one "
+          "of the block's norms",
+          f->path, a->name, i, (double)y, (double)x);
   }
 }
 
 /*
-use_rms_norm: the norms of a block stand in front of its matrices instead. The file's own norm1 and norm2 are all ones, q, k and v have the
-real norm1, gate and up norm2, o and down the sub-norms.
+use_rms_norm: the norms of a block stand in front of its matrices instead. The file's own norm1 and norm2 are all ones, q, k and v have
+the real norm1, gate and up norm2, o and down the sub-norms.
 */
 static void source_unfold_(const ModelSource *s, SourceTensor *x) {
   static const char *const places[][4] = {   // of our table, then the tensors in the file that have the gain
@@ -580,7 +597,8 @@ static void source_resolve_row_(const ModelSource *s, SourceTensor *x) {
   x->st = st_set_find(&s->set, name, &x->file);
   if (x->st == NULL) die(EXIT_DAMAGED, "%s: tensor %s is missing; config.json asks for it", s->path, name);
   if (x->st->dtype != ST_U8) {
-    if (t->flags & TERNARY) die(EXIT_DAMAGED, "%s: tensor %s: expected codes of type U8, found %s", x->file->path, name, st_dtype_name(x->st->dtype));
+    if (t->flags & TERNARY)
+      die(EXIT_DAMAGED, "%s: tensor %s: expected codes of type U8, found %s", x->file->path, name, st_dtype_name(x->st->dtype));
     source_find_st_(s, name, t->ndim, t->shape, &x->file);
     return;
   }
@@ -590,7 +608,8 @@ static void source_resolve_row_(const ModelSource *s, SourceTensor *x) {
   x->gamma = 1;
   snprintf(other, sizeof other, "%s.shape", name);
   const StTensor *shape = source_find_st_(s, other, 1, &ndim, &f);
-  if (shape->dtype != ST_I32) die(EXIT_DAMAGED, "%s: tensor %s: expected the type I32, found %s", f->path, other, st_dtype_name(shape->dtype));
+  if (shape->dtype != ST_I32)
+    die(EXIT_DAMAGED, "%s: tensor %s: expected the type I32, found %s", f->path, other, st_dtype_name(shape->dtype));
   for (int i = 0; i < t->ndim; i++) {
     int32_t d;
     memcpy(&d, st_data(f, shape) + 4 * i, 4);
@@ -667,7 +686,8 @@ static void source_refuse_surplus_(const ModelSource *s) {
         size_t whole = strlen(t->name);
         known = strcmp(t->name, name) == 0;
         if (row && !known && strncmp(t->name, name, whole) == 0)
-          known = strcmp(name + whole, ".shape") == 0 || strcmp(name + whole, ".scale") == 0 || strcmp(name + whole, ".threshold") == 0;
+          known =
+              strcmp(name + whole, ".shape") == 0 || strcmp(name + whole, ".scale") == 0 || strcmp(name + whole, ".threshold") == 0;
         if (row || known || !(t->flags & TERNARY)) continue;
         size_t front = strlen(t->name) - strlen("weight");
         if (len <= front || strncmp(t->name, name, front) != 0) continue;
@@ -746,8 +766,8 @@ static void source_resolve_llama2c_(const ModelSource *s, SourceTensor *x) {
 
 enum { SOURCE_MAX_CONTEXT = 1 << 20 };
 
-// Exits with 3 where the Config would make us allocate much more than the file has: every layer has nine tensors at least, and the context
-// decides the size of the table of angles.
+// Exits with 3 where the Config would make us allocate much more than the file has: every layer has nine tensors at least, and the
+// context decides the size of the table of angles.
 static void source_check_size_(const ModelSource *s) {
   size_t n = s->gguf.n_tensors;
   for (size_t i = 0; i < s->set.n_files; i++) n += s->set.files[i].n_tensors;
@@ -758,8 +778,8 @@ static void source_check_size_(const ModelSource *s) {
 }
 
 /*
-Opens a model: its Config, and for each tensor of the table where it lies. Every tensor must be there with the right shape, and none may be
-left over. Exit 2 for a model that cannot be run, 3 for one that is damaged.
+Opens a model: its Config, and for each tensor of the table where it lies. Every tensor must be there with the right shape, and none
+may be left over. Exit 2 for a model that cannot be run, 3 for one that is damaged.
 */
 UNUSED static void source_open(ModelSource *s, const char *path) {
   source_open_config_(s, path);
@@ -877,7 +897,8 @@ UNUSED static float source_codes(const ModelSource *s, int i, int8_t *codes) {
 
 /*
 Master weights for a matrix that the file holds as codes, from which the quantiser makes the same codes and the same scale again: with
-a share p of codes that are not 0, the mean of |W| is p times their size, so they must be gamma / p. out (=) [n]; codes: [n] of scratch.
+a share p of codes that are not 0, the mean of |W| is p times their size, so they must be gamma / p. out (=) [n]; codes: [n] of
+scratch.
 */
 UNUSED static void source_master(const ModelSource *s, int i, float *out, int8_t *codes) {
   size_t n = s->tensors[i].t->n, ones = 0;

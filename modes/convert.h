@@ -46,9 +46,9 @@ static double params_count_(const Config *c, double h, double L, double f) {
 }
 
 /*
-The shape of about `target` parameters: width a multiple of 64, FFN four times as wide, at most 24, 48 or 128 layers, whichever comes nearest; of
-equals the one whose width is nearest to 100 times its layers. If none is within 1 %, the FFN becomes any multiple of 64. Fills dim, layers, heads,
-kv_heads, head_dim and ffn_dim; returns the true count, or 0 if there is no shape within 1 %.
+The shape of about `target` parameters: width a multiple of 64, FFN four times as wide, at most 24, 48 or 128 layers, whichever comes
+nearest; of equals the one whose width is nearest to 100 times its layers. If none is within 1 %, the FFN becomes any multiple of 64.
+Fills dim, layers, heads, kv_heads, head_dim and ffn_dim; returns the true count, or 0 if there is no shape within 1 %.
 */
 UNUSED static double params_shape(Config *c, double target) {
   int widest = target < 1e9 ? 2048 : target < 1e10 ? 4096 : 8192, deepest = target < 1e9 ? 24 : target < 1e10 ? 48 : 128;
@@ -110,7 +110,8 @@ static void convert_blank_(const Options *o) {
   if (!o->any_size && !(target >= 300e6 && target <= 200e9))
     die(EXIT_USAGE, "params=%s: expected 300M to 200B; any_size=1 allows others", o->params);
   if (o->init[0] || o->dir[0]) die(EXIT_USAGE, "params= makes a new model, init= converts one; give one of them");
-  if (o->format != FORMAT_HF) die(EXIT_USAGE, "params= writes float master weights, which can be trained; convert them with init= later");
+  if (o->format != FORMAT_HF)
+    die(EXIT_USAGE, "params= writes float master weights, which can be trained; convert them with init= later");
   Options fixed = *o;
   fixed.dim = fixed.head_dim = 64;
   fixed.heads = fixed.kv_heads = 1;
@@ -119,7 +120,8 @@ static void convert_blank_(const Options *o) {
   if (!options_is_set(o, "tie_embeddings")) fixed.tie_embeddings = 0;
   config_from_options(&c, &fixed);
   double n = params_shape(&c, target);
-  if (n == 0) die(EXIT_USAGE, "params=%s: no shape comes within 1 %% of it; the widest is 8192, the deepest has 128 layers", o->params);
+  if (n == 0)
+    die(EXIT_USAGE, "params=%s: no shape comes within 1 %% of it; the widest is 8192, the deepest has 128 layers", o->params);
   memset(&form, 0, sizeof form);
   memset(&b, 0, sizeof b);
   form.dtype = o->type == TYPE_BF16 ? ST_BF16 : o->type == TYPE_F16 ? ST_F16 : ST_F32;
@@ -251,14 +253,15 @@ static void convert_packed_(Model *m, Exporter *e, int precision) {
 }
 
 /*
-Gains for inserted sub-norms: the mean size of what goes into the projection, measured in the float network on some batches, so that the
-norm changes as little as it can. Sets e->gain.
+Gains for inserted sub-norms: the mean size of what goes into the projection, measured in the float network on some batches, so that
+the norm changes as little as it can. Sets e->gain.
 */
 static void convert_calibrate_(Exporter *e, const char *path, const ConvertText_ *text, int precision) {
   Model m;
   Batch b;
   const Config *c = &e->s->c;
-  size_t widths[2] = {(size_t)c->heads * (size_t)c->head_dim, (size_t)c->ffn_dim}, widest = widths[0] > widths[1] ? widths[0] : widths[1];
+  size_t widths[2] = {(size_t)c->heads * (size_t)c->head_dim, (size_t)c->ffn_dim},
+         widest = widths[0] > widths[1] ? widths[0] : widths[1];
   int codes = model_load(&m, path, precision);
   if (codes > 0) die(EXIT_USAGE, "calibrate: %s has no float weights to measure with", path);
   model_quantize(&m, 0);
@@ -303,7 +306,8 @@ static void convert_config_(Config *c, const Options *o) {
   static const char *const free_options[] = {"attn_sub_norm", "ffn_sub_norm", "activation", "max_seq", "act_bits"};
   for (size_t i = 0; i < ARRAY_LEN(subs); i++) {
     if (options_is_set(o, subs[i].name) != FROM_USER) continue;
-    if (*subs[i].field && !subs[i].value) die(EXIT_USAGE, "%s=0: the model has this norm; taking it out would make another model", subs[i].name);
+    if (*subs[i].field && !subs[i].value)
+      die(EXIT_USAGE, "%s=0: the model has this norm; taking it out would make another model", subs[i].name);
     *subs[i].field = subs[i].value;
   }
   if (options_is_set(o, "activation") == FROM_USER) c->activation = o->activation;
@@ -322,8 +326,10 @@ static void convert_config_(Config *c, const Options *o) {
 static void convert_form_(WeightForm *form, const Options *o, const Config *c) {
   int biased = c->qkv_bias || c->o_bias;
   memset(form, 0, sizeof *form);
-  if (o->type > TYPE_F16) die(EXIT_USAGE, "type=%s is for format=gguf; here it is auto, f32, bf16 or f16", option_choice_name("type", o->type));
-  if (o->lambda != 0 && o->lambda != 1) die(EXIT_USAGE, "lambda=%g: files are for 1 (ternary) or 0 (float); there is nothing in between", o->lambda);
+  if (o->type > TYPE_F16)
+    die(EXIT_USAGE, "type=%s is for format=gguf; here it is auto, f32, bf16 or f16", option_choice_name("type", o->type));
+  if (o->lambda != 0 && o->lambda != 1)
+    die(EXIT_USAGE, "lambda=%g: files are for 1 (ternary) or 0 (float); there is nothing in between", o->lambda);
   form->dtype = o->type == TYPE_BF16 ? ST_BF16 : o->type == TYPE_F16 ? ST_F16 : ST_F32;
   form->plain = o->lambda == 0;
   if (o->format == FORMAT_PACKED) {
@@ -353,7 +359,8 @@ static void convert_put_sizes_(const Exporter *e, const Sizes *s) {
   const char *names[] = {"matrices", "embeddings", "norms, biases"};
   const size_t bytes[] = {s->matrices, s->embeddings, s->others};
   for (int i = 0; i < 3; i++)
-    printf("%-14s %12.0f values %14zu bytes %7.3f bits each\n", names[i], n[i], bytes[i], n[i] > 0 ? 8.0 * (double)bytes[i] / n[i] : 0);
+    printf("%-14s %12.0f values %14zu bytes %7.3f bits each\n", names[i], n[i], bytes[i],
+           n[i] > 0 ? 8.0 * (double)bytes[i] / n[i] : 0);
   printf("%-14s %19s %14zu bytes\n%-14s %19s %14zu bytes\n", "header", "", s->overhead, "file", "", s->file);
 }
 
@@ -384,7 +391,8 @@ static void convert_write_(Exporter *e, const Options *o, const Tokenizer *tok, 
     arch = gguf_architecture(&e->c, type, &why);
     export_gguf(e, tok, type, embed_types[o->embed_type], o->lambda == 1, place, o->name[0] ? o->name : "bitnet.c", &sizes, &other);
     printf("architecture %s, matrices %s\n", arch, gguf_type((uint32_t)type)->name);
-    if (other) printf("note: %d matrices have rows that %s cannot hold; they are Q8_0 or F16\n", other, gguf_type((uint32_t)type)->name);
+    if (other)
+      printf("note: %d matrices have rows that %s cannot hold; they are Q8_0 or F16\n", other, gguf_type((uint32_t)type)->name);
     if (tok == NULL || tok->kind == TOKENIZER_CHARACTERS) printf("note: no vocabulary in the file; it takes token ids only\n");
   }
   convert_put_sizes_(e, &sizes);

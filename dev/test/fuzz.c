@@ -1,10 +1,10 @@
 /*
 fuzz.c: files that are nearly right, thrown at the readers of models.
 
-What it is:  takes a small valid model (dev/test/fuzz/), breaks it in a place that means something (a length, a count, an offset, a type, a
-             name, a whole record), and reads it as the program does: configuration, every number of every tensor, the tokenizer. Each try
-             runs in a child process. Right is: it reads, or it exits with 2 or 3 and a message. Wrong is: a crash, another exit code,
-             a hang, or memory out of proportion to the file. A wrong file is kept and its name printed.
+What it is:  takes a small valid model (dev/test/fuzz/), breaks it in a place that means something (a length, a count, an offset, a
+             type, a name, a whole record), and reads it as the program does: configuration, every number of every tensor, the
+             tokenizer. Each try runs in a child process. Right is: it reads, or it exits with 2 or 3 and a message. Wrong is: a crash,
+             another exit code, a hang, or memory out of proportion to the file. A wrong file is kept and its name printed.
 What not:    no coverage feedback; the mutations know the formats instead.
 Read before: bitnet/source.h.
 
@@ -14,8 +14,8 @@ Read before: bitnet/source.h.
 #include "../../bitnet/utils.h"
 
 /*
-Memory: what one allocation may ask for. Files of the seeds' size need far less; a reader that believes a length field asks for far more.
-Macros do not replace themselves inside their own expansion, so the real functions are called.
+Memory: what one allocation may ask for. Files of the seeds' size need far less; a reader that believes a length field asks for far
+more. Macros do not replace themselves inside their own expansion, so the real functions are called.
 */
 enum { FUZZ_MOST = 1 << 28 };
 #include <glob.h>
@@ -172,9 +172,11 @@ static void break_place_(Bytes *b, Place p, int json) {
   switch (below_(8)) {
     case 0: case 1: case 2: case 3:
       if (json && p.at >= 8 && isdigit(b->data[p.at])) {
-        static const char *const odd[] = {"-1", "1e3", "9223372036854775808", "00", "2.5", "null", "18446744073709551615", "[]", "\"1\""};
-        int n = below_(2) ? snprintf(text, sizeof text, "%s", odd[below_(ARRAY_LEN(odd))])
-                          : snprintf(text, sizeof text, "%llu", (unsigned long long)nasty_(b, strtoull((char *)b->data + p.at, NULL, 10)));
+        static const char *const odd[] = {"-1", "1e3",  "9223372036854775808", "00", "2.5", "null", "18446744073709551615",
+                                          "[]", "\"1\""};
+        int n = below_(2)
+                    ? snprintf(text, sizeof text, "%s", odd[below_(ARRAY_LEN(odd))])
+                    : snprintf(text, sizeof text, "%llu", (unsigned long long)nasty_(b, strtoull((char *)b->data + p.at, NULL, 10)));
         splice_(b, p.at, p.bytes, text, (size_t)n);
       } else {
         uint64_t v = nasty_(b, old);
@@ -252,7 +254,10 @@ int main(int argc, char **argv) {
   static const char *const gguf[] = {"tiny.gguf", NULL}, *const safetensors[] = {"packed/model.safetensors", NULL},
                     *const llama2c[] = {"legacy.bin", "version1.bin", "ternary.bin", NULL};
   const char *kind = argc > 1 ? argv[1] : "", *dir = test_dir();
-  const char *const *seeds = strcmp(kind, "gguf") == 0 ? gguf : strcmp(kind, "safetensors") == 0 ? safetensors : strcmp(kind, "llama2c") == 0 ? llama2c : NULL;
+  const char *const *seeds = strcmp(kind, "gguf") == 0          ? gguf
+                             : strcmp(kind, "safetensors") == 0 ? safetensors
+                             : strcmp(kind, "llama2c") == 0     ? llama2c
+                                                                : NULL;
   if (seeds == NULL) die(EXIT_USAGE, "usage: ./fuzz gguf|safetensors|llama2c [seconds] [seed]");
   double seconds = argc > 2 ? atof(argv[2]) : 30, t0 = time_now();
   long tries = 0, read = 0, wrong = 0;
@@ -282,7 +287,8 @@ int main(int argc, char **argv) {
     if (fd < 0 || write(fd, b.data, b.n) != (ssize_t)b.n) die(EXIT_FAILED, "cannot write %s: %s", path, strerror(errno));
     close(fd);
     int code = run_child(read_all_, model, err, sizeof err);
-    int ok = (code == 0 || code == EXIT_USAGE || code == EXIT_DAMAGED) && (code == 0 || strstr(err, "error: ")) && (tries > 0 || code == 0);
+    int ok =
+        (code == 0 || code == EXIT_USAGE || code == EXIT_DAMAGED) && (code == 0 || strstr(err, "error: ")) && (tries > 0 || code == 0);
     read += code == 0;
     tries++;
     if (!ok) {

@@ -2,8 +2,9 @@
 test_convert.h: models that come from other programs and go to them: what is written is read back as the same bits, what cannot be
 written truthfully is refused, and broken files end with exit code 3 and words that name the place.
 
-What it is:  the block formats against given bytes, every form of `convert` there and back, the files of dev/test/fuzz/ with one field broken at
-             a time, new models by parameter count, and, where BITNET_DATA names a directory with models, their published losses.
+What it is:  the block formats against given bytes, every form of `convert` there and back, the files of dev/test/fuzz/ with one field
+             broken at a time, new models by parameter count, and, where BITNET_DATA names a directory with models, their published
+             losses.
 What not:    other programs (dev/test/test_convert.py), random damage (dev/test/fuzz.c).
 Read before: test_run.h (program_), test_infer.h (saved_model_), bitnet/export.h.
 Defines:     CONVERT_TESTS, the rows for the table of tests.
@@ -26,9 +27,11 @@ static void hex_(char *out, const uint8_t *p, size_t n) {
 
 // Known bytes of one block, the two constant blocks, and random ones there and back.
 static void test_ternary_blocks(void) {
-  static const char tq1[] = "12a3ba85b036e82d9012a3ba85b036e82d9012a3ba85b036e82d9012a3ba85b00ea8058eac84e42cf70ea8058eac84e4c85079460038";
-  static const char tq2[] = "9029522542a44a94099029522542a44a94099029522542a44a94099029522542522542a44a94099029522542a44a94099029522542a44a94"
-                            "099029522542a44a0038";
+  static const char tq1[] =
+      "12a3ba85b036e82d9012a3ba85b036e82d9012a3ba85b036e82d9012a3ba85b00ea8058eac84e42cf70ea8058eac84e4c85079460038";
+  static const char tq2[] =
+      "9029522542a44a94099029522542a44a94099029522542a44a94099029522542522542a44a94099029522542a44a94099029522542a44a94"
+      "099029522542a44a0038";
   int8_t codes[256], back[256];
   uint8_t block[66];
   char text[200];
@@ -64,7 +67,8 @@ static void test_ternary_blocks(void) {
   codes[33] = -1;
   codes[127] = 1;
   i2s_encode(block, codes);
-  CHECK(block[0] == 0x95 && block[1] == 0x45 && block[31] == 0x56 && block[2] == 0x55, "I2_S: %02x %02x %02x", block[0], block[1], block[31]);
+  CHECK(block[0] == 0x95 && block[1] == 0x45 && block[31] == 0x56 && block[2] == 0x55, "I2_S: %02x %02x %02x", block[0], block[1],
+        block[31]);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -100,7 +104,8 @@ static void check_same_model_(const char *a, const char *b, const char *what, do
     if (t->flags & TERNARY) {
       const int8_t *p = exporter_codes(&e, i, &g[0]), *q = exporter_codes(&f, i, &g[1]);
       CHECK(memcmp(p, q, t->n) == 0, "%s: %s: codes", what, t->name);
-      CHECK(fabs((double)g[0] - (double)g[1]) <= bound * (double)g[0], "%s: %s: scales %.9g and %.9g", what, t->name, (double)g[0], (double)g[1]);
+      CHECK(fabs((double)g[0] - (double)g[1]) <= bound * (double)g[0], "%s: %s: scales %.9g and %.9g", what, t->name, (double)g[0],
+            (double)g[1]);
     } else {
       float *p = host_floats_(t->n), *q = host_floats_(t->n);
       exporter_floats(&e, i, p, 0, t->n);
@@ -117,12 +122,21 @@ static void check_same_model_(const char *a, const char *b, const char *what, do
 
 // Each form of each style: read back it is the same model to the bit, and once more through another form; refused where it must be.
 static void test_convert_round_trips(void) {
-  static const struct { const char *args; double bound; int styles; } forms[] = {   // bound 5e-4: a 16-bit scale; styles: bits
-      {"format=hf", 0, 7}, {"format=packed", 0, 7}, {"format=packed scale=divide", 2e-7, 7}, {"format=trits", 0, 7},
-      {"format=compress", 0, 7}, {"format=hf fold=1", 0, 3}, {"format=packed fold=1", 0, 3}, {"format=gguf type=f32 embed_type=f32", 0, 7},
-      {"format=gguf type=i2_s embed_type=f32", 0, 7}, {"format=gguf type=tq1_0 embed_type=f32", 5e-4, 6},
-      {"format=gguf type=tq2_0 embed_type=f32", 5e-4, 6}, {"format=gguf type=f16 embed_type=f32", 5e-4, 7},
-      {"format=gguf type=bf16 embed_type=f32", 4e-3, 7}};
+  static const struct { const char *args; double bound; int styles;
+  } forms[] = {// bound 5e-4: a 16-bit scale; styles: bits
+               {"format=hf", 0, 7},
+               {"format=packed", 0, 7},
+               {"format=packed scale=divide", 2e-7, 7},
+               {"format=trits", 0, 7},
+               {"format=compress", 0, 7},
+               {"format=hf fold=1", 0, 3},
+               {"format=packed fold=1", 0, 3},
+               {"format=gguf type=f32 embed_type=f32", 0, 7},
+               {"format=gguf type=i2_s embed_type=f32", 0, 7},
+               {"format=gguf type=tq1_0 embed_type=f32", 5e-4, 6},
+               {"format=gguf type=tq2_0 embed_type=f32", 5e-4, 6},
+               {"format=gguf type=f16 embed_type=f32", 5e-4, 7},
+               {"format=gguf type=bf16 embed_type=f32", 4e-3, 7}};
   for (int style = 0; style < 3; style++) {
     Config c = convert_config_case_(style);
     Model m;
@@ -136,7 +150,8 @@ static void test_convert_round_trips(void) {
       int gguf = strstr(forms[i].args, "gguf") != NULL, code = program_("", "convert init=%s out=%s %s", dir, out, forms[i].args);
       int may = forms[i].styles >> style & 1;
       CHECK(code == (may ? 0 : 2), "style %d, %s: exit code %d: %s", style, forms[i].args, code, run_err);
-      if (!may) CHECK(!is_dir(out) && strstr(run_err, "error: "), "style %d, %s: refused, but something was written", style, forms[i].args);
+      if (!may)
+        CHECK(!is_dir(out) && strstr(run_err, "error: "), "style %d, %s: refused, but something was written", style, forms[i].args);
       if (!may || code) continue;
       snprintf(place, sizeof place, "%s%s", out, gguf ? "/model.gguf" : "");
       check_same_model_(dir, place, forms[i].args, forms[i].bound);
@@ -177,11 +192,13 @@ static void test_convert_options(void) {
     int code = program_("", "convert init=%s out=%s/no %s", dir, dir, wrong[i].args);
     CHECK(code == EXIT_USAGE && strstr(run_err, wrong[i].words), "%s: exit code %d: %s", wrong[i].args, code, run_err);
   }
-  CHECK(program_("", "convert init=%s out=%s", dir, dir) == EXIT_USAGE && strstr(run_err, "is the model itself"), "onto itself: %s", run_err);
+  CHECK(program_("", "convert init=%s out=%s", dir, dir) == EXIT_USAGE && strstr(run_err, "is the model itself"), "onto itself: %s",
+        run_err);
   CHECK(program_("", "convert init=%s", dir) == EXIT_USAGE && strstr(run_err, "needs out="), "without out: %s", run_err);
   snprintf(out, sizeof out, "%s/packed", dir);
   CHECK(program_("", "convert init=%s out=%s format=packed", dir, out) == 0, "%s", run_err);
-  CHECK(program_("", "logits %s ids=1 lambda=0", out) == EXIT_USAGE && strstr(run_err, "only lambda=1"), "packed at lambda 0: %s", run_err);
+  CHECK(program_("", "logits %s ids=1 lambda=0", out) == EXIT_USAGE && strstr(run_err, "only lambda=1"), "packed at lambda 0: %s",
+        run_err);
   end_test_();
 }
 
@@ -189,8 +206,11 @@ static void test_convert_options(void) {
 // New models.
 
 static void test_params_shape(void) {
-  static const struct { const char *text; double value; } texts[] = {{"750M", 750e6}, {"1.5B", 1.5e9}, {"0.3b", 0.3e9}, {"300000000", 3e8},
-                                                                     {"12Q", 0}, {"", 0}, {"-1M", 0}, {"1.5", 0}, {"1e9", 0}, {"M", 0}, {"0x1M", 0}};
+  static const struct {
+    const char *text;
+    double value;
+  } texts[] = {{"750M", 750e6}, {"1.5B", 1.5e9}, {"0.3b", 0.3e9}, {"300000000", 3e8}, {"12Q", 0}, {"", 0},
+               {"-1M", 0},      {"1.5", 0},      {"1e9", 0},      {"M", 0},           {"0x1M", 0}};
   static const double targets[] = {750e6, 1.5e9, 0.3e9, 300000000, 3e9, 7e9, 100e9, 138e9, 5e6};
   char dir[600];
   ModelSource s;
@@ -218,7 +238,8 @@ static void test_params_shape(void) {
   source_close(&s);
   CHECK(program_("", "convert params=2M out=%s/x", dir) == EXIT_USAGE && strstr(run_err, "any_size=1"), "too small: %s", run_err);
   CHECK(program_("", "convert params=12Q out=%s/x", dir) == EXIT_USAGE && strstr(run_err, "expected a number"), "12Q: %s", run_err);
-  CHECK(program_("", "convert params=300B any_size=1 out=%s/x", dir) == EXIT_USAGE && strstr(run_err, "no shape"), "300B: %s", run_err);
+  CHECK(program_("", "convert params=300B any_size=1 out=%s/x", dir) == EXIT_USAGE && strstr(run_err, "no shape"), "300B: %s",
+        run_err);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -271,32 +292,47 @@ static void refuse_patched_(const char *seed, const char *word, long offset, uin
   const char *dir = test_dir();
   put_quickly_(dir, seed, data, n);
   path_join(path, sizeof path, dir, seed);
-  CHECK(refused_(open_source_, path, EXIT_DAMAGED, words), "%s: %s %+ld = %llu", seed, word ? word : "", offset, (unsigned long long)v);
+  CHECK(refused_(open_source_, path, EXIT_DAMAGED, words), "%s: %s %+ld = %llu", seed, word ? word : "", offset,
+        (unsigned long long)v);
   free(data);
 }
 
 static void test_gguf_refuses(void) {
-  static const struct { const char *word; long offset; uint64_t v; size_t bytes; const char *words; } cases[] = {
-      {NULL, 4, 1, 4, "offset 4|version 2 or 3, found 1"}, {NULL, 4, 0x03000000, 4, "big-endian"}, {NULL, 8, 1ull << 63, 8, "number of tensors"},
-      {NULL, 16, UINT64_MAX, 8, "number of keys"}, {NULL, 16, 60000, 8, "number of keys"}, {NULL, 24, 1ull << 62, 8, "name of a key|bytes that are left"},
-      {"general.architecture", 20, 99, 4, "type of a value"}, {"general.architecture", 0, ' ', 1, "visible ASCII"},
-      {"qwen2.block_count", 21, 1000000, 4, "1000000 layers"}, {"qwen2.block_count", 17, GGUF_FLOAT, 4, "whole number"},
-      {"qwen2.context_length", 24, 0x00FFFFFF, 4, "context"}, {"qwen2.embedding_length", 26, 128, 4, "expected shape"},
-      {"qwen2.attention.head_count", 30, 0, 4, "head_count: expected at least 1"},
-      {"tokenizer.ggml.tokens", 25, GGUF_ARRAY, 4, "arrays can have"}, {"tokenizer.ggml.tokens", 29, 1ull << 60, 8, "fits into"},
-      {"tokenizer.ggml.tokens", 37, 1ull << 61, 8, "bytes that are left"}, {"tokenizer.ggml.token_type", 41, 99, 4, "type from 0 to 6"},
-      {"tokenizer.ggml.eos_token_id", 31, 5000, 4, "one of 259 tokens"},
-      {"blk.0.attn_q.weight", 0, 'x', 1, "blk.0.attn_q.weight is missing"}, {"blk.0.attn_q.weight", 19, 9, 4, "1 to 4 dimensions"},
-      {"blk.0.attn_q.weight", 23, 1ull << 63, 8, "memory can hold"}, {"blk.0.attn_q.weight", 23, 255, 8, "multiple of 256"},
-      {"blk.0.attn_q.weight", 31, 4, 8, "expected its data at"}, {"blk.0.attn_q.weight", 39, 12, 4, "found number 12"},
-      {"blk.0.attn_q.weight", 43, 7, 8, "expected its data at"}, {"blk.0.attn_k.weight", 11, 'q', 1, "blk.0.attn_q.weight once"},
-      {"tokenizer.ggml.pre", 6, 'X', 1, "tokenizer"}};
+  static const struct { const char *word; long offset; uint64_t v; size_t bytes; const char *words;
+  } cases[] = {{NULL, 4, 1, 4, "offset 4|version 2 or 3, found 1"},
+               {NULL, 4, 0x03000000, 4, "big-endian"},
+               {NULL, 8, 1ull << 63, 8, "number of tensors"},
+               {NULL, 16, UINT64_MAX, 8, "number of keys"},
+               {NULL, 16, 60000, 8, "number of keys"},
+               {NULL, 24, 1ull << 62, 8, "name of a key|bytes that are left"},
+               {"general.architecture", 20, 99, 4, "type of a value"},
+               {"general.architecture", 0, ' ', 1, "visible ASCII"},
+               {"qwen2.block_count", 21, 1000000, 4, "1000000 layers"},
+               {"qwen2.block_count", 17, GGUF_FLOAT, 4, "whole number"},
+               {"qwen2.context_length", 24, 0x00FFFFFF, 4, "context"},
+               {"qwen2.embedding_length", 26, 128, 4, "expected shape"},
+               {"qwen2.attention.head_count", 30, 0, 4, "head_count: expected at least 1"},
+               {"tokenizer.ggml.tokens", 25, GGUF_ARRAY, 4, "arrays can have"},
+               {"tokenizer.ggml.tokens", 29, 1ull << 60, 8, "fits into"},
+               {"tokenizer.ggml.tokens", 37, 1ull << 61, 8, "bytes that are left"},
+               {"tokenizer.ggml.token_type", 41, 99, 4, "type from 0 to 6"},
+               {"tokenizer.ggml.eos_token_id", 31, 5000, 4, "one of 259 tokens"},
+               {"blk.0.attn_q.weight", 0, 'x', 1, "blk.0.attn_q.weight is missing"},
+               {"blk.0.attn_q.weight", 19, 9, 4, "1 to 4 dimensions"},
+               {"blk.0.attn_q.weight", 23, 1ull << 63, 8, "memory can hold"},
+               {"blk.0.attn_q.weight", 23, 255, 8, "multiple of 256"},
+               {"blk.0.attn_q.weight", 31, 4, 8, "expected its data at"},
+               {"blk.0.attn_q.weight", 39, 12, 4, "found number 12"},
+               {"blk.0.attn_q.weight", 43, 7, 8, "expected its data at"},
+               {"blk.0.attn_k.weight", 11, 'q', 1, "blk.0.attn_q.weight once"},
+               {"tokenizer.ggml.pre", 6, 'X', 1, "tokenizer"}};
   for (size_t i = 0; i < ARRAY_LEN(cases) - 1; i++)
     refuse_patched_("tiny.gguf", cases[i].word, cases[i].offset, cases[i].v, cases[i].bytes, cases[i].words);
   // Data: bytes that are no codes, numbers that are none.
   Gguf g;
   gguf_open(&g, "dev/test/fuzz/tiny.gguf");
-  size_t q = gguf_find(&g, "blk.0.attn_q.weight")->begin, k = gguf_find(&g, "blk.0.attn_k.weight")->begin, norm = gguf_find(&g, "output_norm.weight")->begin;
+  size_t q = gguf_find(&g, "blk.0.attn_q.weight")->begin, k = gguf_find(&g, "blk.0.attn_k.weight")->begin,
+         norm = gguf_find(&g, "output_norm.weight")->begin;
   size_t end = g.map_bytes;
   gguf_close(&g);
   refuse_patched_("tiny.gguf", NULL, (long)q, 1, 1, "blk.0.attn_q.weight|TQ1_0, found bytes");
@@ -402,7 +438,8 @@ static void check_expected_(const char *data, const Json *want, const char *file
   const Json *text = json_get(want, "greedy_ids");
   generate(&s, &greedy, &p, 1, (int)text->count, -1, m.c.vocab, NULL, NULL);
   n = 0;
-  for (const Json *v = text->child; v; v = v->next, n++) CHECK(out[n] == (int)v->i, "%s: greedy token %d is %d, expected %d", file, n, out[n], (int)v->i);
+  for (const Json *v = text->child; v; v = v->next, n++)
+    CHECK(out[n] == (int)v->i, "%s: greedy token %d is %d, expected %d", file, n, out[n], (int)v->i);
   session_free(&s);
   model_free(&m);
 }
