@@ -219,7 +219,7 @@ UNUSED static void checkpoint_path(char *out, size_t cap, const char *dir) {
   path_join(path, sizeof path, dir, "model.safetensors");
   path_join(index, sizeof index, dir, "model.safetensors.index.json");
   if (!is_file(path) && !is_file(index) && !is_file(dir)) {
-    if (!is_dir(dir)) die(EXIT_USAGE, "there is no directory or file %s", dir);
+    if (!is_dir(dir)) die(EXIT_USAGE, "there is no file and no directory %s", dir);
     die(EXIT_USAGE, "%s is neither a run (it has no checkpoints/latest) nor a model directory (it has no model.safetensors)", dir);
   }
   int n = snprintf(out, cap, "%s", dir);
