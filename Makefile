@@ -29,7 +29,7 @@ SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-om
 HEADERS = $(wildcard *.h bitnet/*.h modes/*.h)
 TESTS   = test_bitnet.c $(wildcard dev/test/*.h) train_bitnet.c $(HEADERS)
 
-.PHONY: all test asan headers clean help
+.PHONY: all test asan fuzzing headers clean help
 
 all: train_bitnet
 
@@ -56,6 +56,17 @@ test_bitnet_asan: $(TESTS)
 
 asan: train_bitnet_asan test_bitnet_asan
 	BITNET_BINARY=./train_bitnet_asan ./test_bitnet_asan
+
+# Broken model files against the readers, in both builds: FUZZ_SECONDS each for three formats.
+FUZZ_SECONDS = 30
+fuzz: dev/test/fuzz.c dev/test/check.h train_bitnet.c $(HEADERS)
+	$(BUILD) -o $@ dev/test/fuzz.c -lm
+
+fuzz_asan: dev/test/fuzz.c dev/test/check.h train_bitnet.c $(HEADERS)
+	$(BUILD) $(SANITIZE) -o $@ dev/test/fuzz.c -lm
+
+fuzzing: fuzz fuzz_asan
+	for f in gguf safetensors llama2c; do ./fuzz $$f $(FUZZ_SECONDS) && ./fuzz_asan $$f $(FUZZ_SECONDS) 2 || exit 1; done
 
 # Every shared header alone, as C11 and as C++17: the CUDA program includes them.
 headers:
@@ -170,13 +181,14 @@ testemu: $(EMU_TESTS) $(EMU_CUDA) emu_bitnet_f32 emu_bitnet_bf16 emu_train_f32 t
 
 # ---------------------------------------------------------------------------------------------------------
 clean:
-	rm -f train_bitnet test_bitnet test_float64 train_bitnet_asan test_bitnet_asan train_bitnetcu test_bitnetcu \
+	rm -f train_bitnet test_bitnet test_float64 fuzz fuzz_asan train_bitnet_asan test_bitnet_asan train_bitnetcu test_bitnetcu \
 	  test_cuda_bf16 test_cuda_f32 cpu_ops.o $(BENCH_CUDA) $(EMU_CUDA) $(EMU_TESTS) emu_bitnet_f32 emu_bitnet_bf16 emu_train_f32
 
 help:
 	@echo "make train_bitnet   the program (CPU)"
 	@echo "make test           all tests; needs nothing but the compiler"
 	@echo "make asan           the tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make fuzzing        broken model files against the readers, FUZZ_SECONDS=30 for each format"
 	@echo "make headers        check that the shared headers compile as C11 and C++17"
 	@echo "make train_bitnetcu the program for the GPU (ARCH=sm_90 NVCC= CUBLAS=)"
 	@echo "make testcu         all tests on the GPU"

@@ -34,6 +34,7 @@ UNUSED static size_t test_device_bytes;   // that the CPU's dev_malloc has asked
 #endif
 
 #include "dev/test/check.h"            // Test, CHECK, run_tests
+#include "dev/test/test_convert.h"     // CONVERT_TESTS
 #include "dev/test/test_data.h"        // DATA_TESTS
 #include "dev/test/test_eval.h"        // EVAL_TESTS
 #include "dev/test/test_files.h"       // FILES_TESTS
@@ -58,6 +59,7 @@ static const Test tests[] = {
   OPTIONS_TESTS,
   EVAL_TESTS,
   RUN_TESTS,
+  CONVERT_TESTS,
 };
 
 int main(int argc, char **argv) {

@@ -1,12 +1,13 @@
 /*
 checkpoint.h: models on disk. A checkpoint IS a Hugging Face model directory, plus one file with the training state.
 
-What it is:  Config from and to config.json, parameters from and to model.safetensors, the optimizer's moments and the step in
+What it is:  Config to config.json, parameters from any model file and to model.safetensors, the optimizer's moments and the step in
              training_state.safetensors, and the order of writing that leaves a loadable checkpoint whatever happens.
-What not:    the format of the files (safetensors.h, json.h); no packed weights and no GGUF.
-Read before: bitnet/model.h, bitnet/safetensors.h, bitnet/options.h, tokenizer.h.
-Defines:     config_from_options, config_to_options, config_read, config_put_json; checkpoint_path, checkpoint_run, checkpoint_options,
-             checkpoint_resume_options, checkpoint_save; model_load, model_load_frozen, checkpoint_tokenizer; State, state_load.
+What not:    the formats that models are read from (source.h); packed weights and GGUF are written by modes/convert.h.
+Read before: bitnet/model.h, bitnet/source.h, bitnet/options.h, tokenizer.h.
+Defines:     config_from_options, config_to_options, config_put_form; checkpoint_path, checkpoint_run, checkpoint_options,
+             checkpoint_resume_options, checkpoint_save; model_load, model_load_frozen, checkpoint_tokenizer, checkpoint_has_tokenizer;
+             State, state_load.
 
     RUN/checkpoints/step_000400/     config.json  generation_config.json  model.safetensors (float32 master weights)
                                      tokenizer.json  tokenizer_config.json  training_state.safetensors
@@ -19,10 +20,9 @@ a complete checkpoint.
 #ifndef BITNET_CHECKPOINT_H
 #define BITNET_CHECKPOINT_H
 
-#include "../tokenizer.h"
-#include "model.h"
+#include "gguf_tokenizer.h"
 #include "options.h"
-#include "safetensors.h"
+#include "source.h"
 #include <dirent.h>
 
 // ---------------------------------------------------------------------------------------------------------
@@ -125,14 +125,16 @@ static void put_member_(StrBuf *b, const char *key, double value) {
   strbuf_printf(b, ",\n");
 }
 
-#define CONFIG_CRC_ "\"crc32\": \""   // in config.json: the CRC-32 of the file with these eight digits set to 0
-
 /*
 Appends config.json. All fields are written, because the defaults differ between classes and versions. The old spelling rope_theta +
-rope_scaling is understood by old and new releases of transformers. The object "bitnet_c" holds what other programs do not know.
+rope_scaling is understood by old and new releases of transformers. The object "bitnet_c" holds what other programs do not know. t may
+be NULL.
 */
-UNUSED static void config_put_json(StrBuf *b, const Config *c, const Tokenizer *t) {
-  const char *architecture, *type = config_model_type(c, &architecture);
+UNUSED static void config_put_form(StrBuf *b, const Config *c, const Tokenizer *t, const WeightForm *form) {
+  static const char *const dtypes[] = {"float32", "bfloat16", "float16"};
+  Config bare = *c;
+  if (form->folded) bare.attn_sub_norm = bare.ffn_sub_norm = 0;
+  const char *architecture, *type = config_model_type(&bare, &architecture);
   size_t start = b->len;
   strbuf_printf(b, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n", architecture, type);
   put_member_(b, "vocab_size", c->vocab);
@@ -167,10 +169,22 @@ UNUSED static void config_put_json(StrBuf *b, const Config *c, const Tokenizer *
     if (ids[i] >= 0) strbuf_printf(b, "  \"%s\": %d,\n", names[i], ids[i]);
     else strbuf_printf(b, "  \"%s\": null,\n", names[i]);
   }
-  strbuf_printf(b, "  \"torch_dtype\": \"float32\",\n");
-  strbuf_printf(b, "  \"quantization_config\": {\"quant_method\": \"bitnet\", \"linear_class\": \"autobitlinear\", "
-                   "\"quantization_mode\": \"online\", "
-                   "\"use_rms_norm\": false, \"modules_to_not_convert\": null},\n");
+  strbuf_printf(b, "  \"torch_dtype\": \"%s\",\n", dtypes[form->dtype]);
+  if (form->packed >= PACKED_TRITS) {
+    strbuf_printf(b, "  \"quantization_config\": {\"quant_method\": \"bitnet_c\", \"quantization_mode\": \"%s\"},\n",
+                  form->packed == PACKED_TRITS ? "trits" : "record");
+  } else if (!form->plain) {
+    strbuf_printf(b, "  \"quantization_config\": {\"quant_method\": \"bitnet\", \"linear_class\": \"%s\", "
+                     "\"quantization_mode\": \"%s\", \"use_rms_norm\": %s, ",
+                  form->packed == PACKED_DIVIDE ? "bitlinear" : "autobitlinear", form->packed ? "offline" : "online",
+                  form->folded ? "true" : "false");
+    if (form->folded) {
+      strbuf_printf(b, "\"rms_norm_eps\": ");
+      json_put_number(b, (double)c->norm_eps);
+      strbuf_printf(b, ", ");
+    }
+    strbuf_printf(b, "\"modules_to_not_convert\": null},\n");
+  }
   strbuf_printf(b,
                 "  \"bitnet_c\": {\"attn_sub_norm\": %d, \"ffn_sub_norm\": %d, \"qkv_bias\": %d, \"o_bias\": %d, \"qk_norm\": %d, "
                 "\"act_bits\": %d, ",
@@ -183,152 +197,9 @@ UNUSED static void config_put_json(StrBuf *b, const Config *c, const Tokenizer *
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Reading config.json.
-
-// What is missing in a config.json has a meaning that depends on the class.
-typedef struct {
-  const char *type;
-  int sub_norms, qkv_bias, qk_norm, max_seq, head_dim;   // head_dim 0 = hidden_size / heads
-  double eps, theta;
-} ModelClass_;
-
-static const ModelClass_ model_classes_[] = {
-    {"bitnet", 1, 0, 0, 2048, 0, 1e-5, 500000},      {"llama", 0, 0, 0, 2048, 0, 1e-6, 10000},
-    {"mistral", 0, 0, 0, 4096 * 32, 0, 1e-6, 10000}, {"qwen2", 0, 1, 0, 32768, 0, 1e-6, 10000},
-    {"qwen3", 0, 0, 1, 32768, 128, 1e-6, 10000},     {"bitnet_c", 0, 0, 0, 2048, 0, 1e-5, 10000}};
-
-// A whole number of config.json; exit 3 if it has another type. fallback INT_MIN: the field is required.
-static int config_int_(const char *path, const Json *object, const char *key, int fallback) {
-  const Json *v = json_get(object, key);
-  if (v == NULL || v->type == JSON_NULL) {
-    if (fallback == INT_MIN) die(EXIT_DAMAGED, "%s: the field %s is missing", path, key);
-    return fallback;
-  }
-  if (v->type == JSON_BOOL) return (int)v->i;
-  if (v->type != JSON_INT || v->i < INT_MIN || v->i > INT_MAX)
-    die(EXIT_DAMAGED, "%s: offset %zu: %s: expected an integer", path, v->offset, key);
-  return (int)v->i;
-}
-
-static double config_number_(const char *path, const Json *object, const char *key, double fallback) {
-  const Json *v = json_get(object, key);
-  if (v == NULL || v->type == JSON_NULL) return fallback;
-  if (v->type != JSON_INT && v->type != JSON_REAL) die(EXIT_DAMAGED, "%s: offset %zu: %s: expected a number", path, v->offset, key);
-  return v->d;
-}
-
-static const char *config_text_(const char *path, const Json *object, const char *key, const char *fallback) {
-  const Json *v = json_get(object, key);
-  if (v == NULL || v->type == JSON_NULL) return fallback;
-  if (v->type != JSON_STRING) die(EXIT_DAMAGED, "%s: offset %zu: %s: expected a string", path, v->offset, key);
-  return v->s;
-}
-
-// rope_theta + rope_scaling (old), or rope_parameters (new).
-static void config_read_rope_(const char *path, const Json *root, Config *c, double theta) {
-  const Json *scaling = json_get(root, "rope_parameters");
-  c->rope_theta = config_number_(path, root, "rope_theta", theta);
-  if (scaling && scaling->type == JSON_OBJECT) c->rope_theta = config_number_(path, scaling, "rope_theta", c->rope_theta);
-  else scaling = json_get(root, "rope_scaling");
-  c->rope_factor = 8;
-  c->rope_low_freq = 1;
-  c->rope_high_freq = 4;
-  c->rope_original_max = 8192;
-  if (scaling == NULL || scaling->type != JSON_OBJECT) return;
-  const char *type = config_text_(path, scaling, "rope_type", config_text_(path, scaling, "type", "default"));
-  if (strcmp(type, "default") == 0) return;
-  if (strcmp(type, "llama3") != 0) die(EXIT_USAGE, "%s: rope scaling '%s' is not supported; default and llama3 are", path, type);
-  c->rope_llama3 = 1;
-  c->rope_factor = config_number_(path, scaling, "factor", 8);
-  c->rope_low_freq = config_number_(path, scaling, "low_freq_factor", 1);
-  c->rope_high_freq = config_number_(path, scaling, "high_freq_factor", 4);
-  c->rope_original_max = config_int_(path, scaling, "original_max_position_embeddings", 8192);
-  if (!(c->rope_factor > 0) || !(c->rope_high_freq > c->rope_low_freq))
-    die(EXIT_DAMAGED, "%s: the numbers of rope_scaling make no sense", path);
-}
-
-// Checks the CRC that config_put_json left in the text; a file of another program has none.
-static void config_check_crc_(const char *path, char *text, size_t len) {
-  char *at = strstr(text, CONFIG_CRC_), digits[16];
-  if (at == NULL) return;
-  at += strlen(CONFIG_CRC_);
-  char found[16] = "";
-  strncat(found, at, 8);
-  if (strlen(found) == 8) memcpy(at, "00000000", 8);
-  snprintf(digits, sizeof digits, "%08x", crc32_bytes(0, text, len));
-  if (strcmp(digits, found) != 0)
-    die(EXIT_DAMAGED,
-        "%s: offset %zu: crc32: expected %s, found \"%s\"; the file is damaged (if you edited it, delete the crc32 entry)", path,
-        (size_t)(at - text), digits, found);
-}
-
-// Reads dir/config.json of any supported class. Exit 2 if it is missing or of a kind that we cannot run, 3 if it is damaged.
-UNUSED static void config_read(Config *c, const char *dir) {
-  char path[4096], err[256];
-  size_t len;
-  JsonDoc doc;
-  path_join(path, sizeof path, dir, "config.json");
-  char *text = read_file(path, &len);
-  if (text == NULL) die(EXIT_USAGE, "cannot read %s: %s", path, strerror(errno));
-  config_check_crc_(path, text, len);
-  if (!json_parse(&doc, text, len, err, sizeof err)) die(EXIT_DAMAGED, "%s: %s", path, err);
-  const Json *root = doc.root, *own = json_get(root, "bitnet_c"), *quant = json_get(root, "quantization_config");
-  if (root->type != JSON_OBJECT) die(EXIT_DAMAGED, "%s: expected a JSON object", path);
-  const char *type = config_text_(path, root, "model_type", "none");
-  const ModelClass_ *k = NULL;
-  for (size_t i = 0; i < ARRAY_LEN(model_classes_); i++) {
-    if (strcmp(model_classes_[i].type, type) == 0) k = &model_classes_[i];
-  }
-  if (k == NULL) die(EXIT_USAGE, "%s: model_type '%s' is not supported; bitnet, llama, mistral, qwen2 and qwen3 are", path, type);
-  memset(c, 0, sizeof *c);
-  c->vocab = config_int_(path, root, "vocab_size", INT_MIN);
-  c->dim = config_int_(path, root, "hidden_size", INT_MIN);
-  c->ffn_dim = config_int_(path, root, "intermediate_size", INT_MIN);
-  c->layers = config_int_(path, root, "num_hidden_layers", INT_MIN);
-  c->heads = config_int_(path, root, "num_attention_heads", INT_MIN);
-  c->kv_heads = config_int_(path, root, "num_key_value_heads", c->heads);
-  if (c->heads < 1) die(EXIT_DAMAGED, "%s: num_attention_heads: expected at least 1, found %d", path, c->heads);
-  c->head_dim = config_int_(path, root, "head_dim", k->head_dim ? k->head_dim : c->dim / c->heads);
-  c->max_seq = config_int_(path, root, "max_position_embeddings", k->max_seq);
-  c->norm_eps = (float)config_number_(path, root, "rms_norm_eps", k->eps);
-  c->init_std = (float)config_number_(path, root, "initializer_range", 0.02);
-  c->tie_embeddings = config_int_(path, root, "tie_word_embeddings", 0);
-  config_read_rope_(path, root, c, k->theta);
-  const char *act = config_text_(path, root, "hidden_act", strcmp(type, "bitnet") == 0 ? "relu2" : "silu");
-  if (strcmp(act, "relu2") != 0 && strcmp(act, "silu") != 0)
-    die(EXIT_USAGE, "%s: hidden_act '%s' is not supported; relu2 and silu are", path, act);
-  c->activation = strcmp(act, "relu2") == 0 ? ACT_RELU2 : ACT_SILU;
-  if (config_int_(path, root, "mlp_bias", 0)) die(EXIT_USAGE, "%s: mlp_bias is not supported", path);
-  c->o_bias = config_int_(path, root, "attention_bias", 0);
-  c->qkv_bias = c->o_bias || k->qkv_bias;
-  c->qk_norm = k->qk_norm;
-  c->attn_sub_norm = c->ffn_sub_norm = k->sub_norms;
-  c->act_bits = 8;
-  if (own && own->type == JSON_OBJECT) {
-    c->attn_sub_norm = config_int_(path, own, "attn_sub_norm", c->attn_sub_norm);
-    c->ffn_sub_norm = config_int_(path, own, "ffn_sub_norm", c->ffn_sub_norm);
-    c->qkv_bias = config_int_(path, own, "qkv_bias", c->qkv_bias);
-    c->o_bias = config_int_(path, own, "o_bias", c->o_bias);
-    c->qk_norm = config_int_(path, own, "qk_norm", c->qk_norm);
-    c->act_bits = config_int_(path, own, "act_bits", 8);
-  }
-  if (quant && quant->type == JSON_OBJECT) {
-    const char *mode = config_text_(path, quant, "quantization_mode", "offline"),
-               *method = config_text_(path, quant, "quant_method", "none");
-    if (strcmp(method, "bitnet") != 0 || strcmp(mode, "online") != 0)
-      die(EXIT_USAGE, "%s: weights quantised by %s, %s, cannot be read; only float master weights can", path, method, mode);
-    if (config_int_(path, quant, "use_rms_norm", 0)) die(EXIT_USAGE, "%s: use_rms_norm in quantization_config is not supported", path);
-  }
-  const char *why = config_check(c);
-  if (why) die(EXIT_DAMAGED, "%s: %s", path, why);
-  json_free(&doc);
-  free(text);
-}
-
-// ---------------------------------------------------------------------------------------------------------
 // Which directory is meant.
 
-// dir may be a run (then its newest checkpoint is meant) or a model directory. Exit 2 if it is neither.
+// dir may be a run (then its newest checkpoint is meant), a model directory, or a file with a model. Exit 2 if it is none.
 UNUSED static void checkpoint_path(char *out, size_t cap, const char *dir) {
   char path[4096], index[4096];
   size_t len;
@@ -347,8 +218,8 @@ UNUSED static void checkpoint_path(char *out, size_t cap, const char *dir) {
   }
   path_join(path, sizeof path, dir, "model.safetensors");
   path_join(index, sizeof index, dir, "model.safetensors.index.json");
-  if (!is_file(path) && !is_file(index)) {
-    if (!is_dir(dir)) die(EXIT_USAGE, "there is no directory %s", dir);
+  if (!is_file(path) && !is_file(index) && !is_file(dir)) {
+    if (!is_dir(dir)) die(EXIT_USAGE, "there is no file and no directory %s", dir);
     die(EXIT_USAGE, "%s is neither a run (it has no checkpoints/latest) nor a model directory (it has no model.safetensors)", dir);
   }
   int n = snprintf(out, cap, "%s", dir);
@@ -378,32 +249,16 @@ UNUSED static void checkpoint_run(char *run, size_t cap, const char *checkpoint)
 // ---------------------------------------------------------------------------------------------------------
 // Parameters.
 
-// Exits with 3 unless a tensor of a file has the shape that the table asks for.
-static void check_shape_(const StFile *f, const StTensor *s, const Tensor *t) {
-  int same = s->ndim == t->ndim && s->shape[0] == t->shape[0] && (t->ndim == 1 || s->shape[1] == t->shape[1]);
-  if (!same) {
-    StrBuf shape = {NULL, 0, 0};
-    for (int i = 0; i < s->ndim; i++) strbuf_printf(&shape, "%s%zu", i ? "," : "", s->shape[i]);
-    die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: expected shape [%zu%s%.0zu], found [%s]", f->path, s->name, f->data_at + s->begin,
-        t->shape[0], t->ndim > 1 ? "," : "", t->ndim > 1 ? t->shape[1] : 0, shape.data ? shape.data : "");
-  }
-}
-
-// Elements first .. first+n-1 of a tensor to the device after checking every value; host: room for them.
-static void load_part_(float *device, const StFile *f, const StTensor *s, size_t first, size_t n, float *host) {
-  st_read_f32(f, s, host, first, n);
-  for (size_t i = 0; i < n; i++) {
+// Copies one tensor of the training state to the device after checking its shape and every value.
+static void load_tensor_(float *device, const StFile *f, const StTensor *s, const Tensor *t, float *host) {
+  source_check_shape_(f->path, s->name, f->data_at + s->begin, s->ndim, s->shape, t->ndim, t->shape);
+  st_read_f32(f, s, host, 0, t->n);
+  for (size_t i = 0; i < t->n; i++) {
     if (!isfinite(host[i]))
       die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: element %zu: expected a finite number, found %g", f->path, s->name,
-          f->data_at + s->begin, first + i, (double)host[i]);
+          f->data_at + s->begin, i, (double)host[i]);
   }
-  dev_copy_in(device, host, n * sizeof(float));
-}
-
-// Copies one tensor of a file to the device after checking its shape and every value.
-static void load_tensor_(float *device, const StFile *f, const StTensor *s, const Tensor *t, float *host) {
-  check_shape_(f, s, t);
-  load_part_(device, f, s, 0, t->n, host);
+  dev_copy_in(device, host, t->n * sizeof(float));
 }
 
 // The largest tensor of a table, in elements.
@@ -413,137 +268,110 @@ static size_t largest_tensor_(const TensorTable *t) {
   return n;
 }
 
-// 1 if a model of this table has no use for a tensor of this name, though other programs write it.
-static int tensor_is_surplus_(const Model *m, const char *name) {
-  return strstr(name, "rotary_emb.inv_freq") != NULL || (m->c.tie_embeddings && strcmp(name, "lm_head.weight") == 0);
-}
-
-// The tensor of a set that the table names; exit 3 if it is missing.
-static const StTensor *find_tensor_(const StSet *set, const char *dir, const Tensor *t, const StFile **f) {
-  const StTensor *s = st_set_find(set, t->name, f);
-  if (s == NULL) die(EXIT_DAMAGED, "%s: tensor %s is missing; config.json asks for it", dir, t->name);
-  return s;
-}
-
-// Exits with 3 if a set has a tensor that the model has no place for.
-static void refuse_surplus_(const Model *m, const StSet *set) {
-  for (size_t k = 0; k < set->n_files; k++) {
-    const StFile *f = &set->files[k];
-    for (size_t i = 0; i < f->n_tensors; i++) {
-      int known = tensor_is_surplus_(m, f->tensors[i].name);
-      for (int n = 0; n < m->table.count && !known; n++) known = strcmp(m->table.tensors[n].name, f->tensors[i].name) == 0;
-      if (!known) die(EXIT_DAMAGED, "%s: tensor %s does not belong to a model of this config.json", f->path, f->tensors[i].name);
-    }
-  }
-}
-
 /*
-Builds the model of a directory: config.json for its shape, safetensors for its parameters, whatever program wrote it. Every tensor
-must be there, with the right shape and finite values, and none may be left over. Exit 2 or 3 otherwise.
+Builds the model of a directory or file: its Config and its parameters, whatever program wrote them. Matrices that the file holds as
+ternary codes get master weights which quantise to the same codes and scale; their number is returned. Exits as source_open does.
 */
-UNUSED static void model_load(Model *m, const char *dir, int precision) {
-  Config c;
-  StSet set;
-  config_read(&c, dir);
-  st_set_open(&set, dir);
-  st_set_verify(&set);
-  model_open(m, &c, precision);
-  float *host = (float *)xmalloc(largest_tensor_(&m->table) * sizeof(float));
+UNUSED static int model_load(Model *m, const char *path, int precision) {
+  ModelSource s;
+  int codes_only = 0;
+  source_open(&s, path);
+  model_open(m, &s.c, precision);
+  size_t most = largest_tensor_(&m->table);
+  float *host = (float *)xmalloc(size_mul(most, sizeof(float)));
+  int8_t *codes = (int8_t *)xmalloc(most);
   for (int i = 0; i < m->table.count; i++) {
     const Tensor *t = &m->table.tensors[i];
-    const StFile *f = NULL;
-    const StTensor *s = find_tensor_(&set, dir, t, &f);
-    load_tensor_(m->params + t->offset, f, s, t, host);
-    st_release(f, s);
+    if (s.tensors[i].ternary) source_master(&s, i, host, codes);
+    else source_floats(&s, i, host, 0, t->n);
+    codes_only += s.tensors[i].ternary;
+    dev_copy_in(m->params + t->offset, host, t->n * sizeof(float));
+    source_release(&s, i);
   }
-  refuse_surplus_(m, &set);
+  free(codes);
   free(host);
-  st_set_close(&set);
+  source_close(&s);
+  return codes_only;
 }
 
 enum { LOAD_CHUNK_ = 1 << 20 };   // floats that a frozen model is read by
 
-// 1 if every value of a tensor is a bf16 number, so that keeping it in bf16 loses nothing.
-static int tensor_is_half_(const StFile *f, const StTensor *s, float *host) {
-  int half = 1;
-  for (size_t first = 0; first < s->n && half && s->dtype != ST_BF16; first += LOAD_CHUNK_) {
-    size_t n = s->n - first < LOAD_CHUNK_ ? s->n - first : (size_t)LOAD_CHUNK_;
-    st_read_f32(f, s, host, first, n);
-    for (size_t i = 0; i < n && half; i++) half = f32_from_bf16(bf16_from_f32(host[i])) == host[i];
+// Floats of tensor i to the device, some at a time.
+static void load_floats_(float *device, const ModelSource *s, int i, float *host) {
+  size_t n = s->tensors[i].t->n;
+  for (size_t first = 0; first < n; first += LOAD_CHUNK_) {
+    size_t count = n - first < LOAD_CHUNK_ ? n - first : (size_t)LOAD_CHUNK_;
+    source_floats(s, i, host, first, count);
+    dev_copy_in(device + first, host, count * sizeof(float));
   }
-  st_release(f, s);
-  return half;
 }
 
 // A table of embeddings, some rows at a time.
-static void load_rows_(Head *h, const StFile *f, const StTensor *s, float *device, float *host) {
+static void load_rows_(Head *h, const ModelSource *s, int i, float *device, float *host) {
   size_t C = (size_t)h->C, V = (size_t)h->V, step = LOAD_CHUNK_ / C > 0 ? LOAD_CHUNK_ / C : 1;
   for (size_t v = 0; v < V; v += step) {
     size_t n = V - v < step ? V - v : step;
-    load_part_(device, f, s, v * C, n * C, host);
+    source_floats(s, i, host, v * C, n * C);
+    dev_copy_in(device, host, n * C * sizeof(float));
     head_rows(h, device, (int)v, (int)n);
   }
 }
 
 /*
-The model of a directory in the form that only runs, at lambda = 1: the bits of model_load and model_quantize in about a sixteenth of
-the memory. Besides the model itself there is never more than one matrix in float. Exits as model_load does.
+The same in the form that only runs, at lambda = 1: the bits of model_load and model_quantize in about a sixteenth of the memory, and
+codes that a file holds go in as they are. Besides the model itself there is never more than one matrix in float. Exits as source_open
+does.
 */
-UNUSED static void model_load_frozen(Model *m, const char *dir, int precision) {
-  Config c;
-  StSet set;
-  TensorTable table;
-  const StFile *f = NULL;
-  size_t stage = LOAD_CHUNK_;
+UNUSED static void model_load_frozen(Model *m, const char *path, int precision) {
+  ModelSource s;
+  size_t stage = LOAD_CHUNK_, widest = 0;
   int half[2] = {1, 1};   // embedding, head
-  config_read(&c, dir);
-  st_set_open(&set, dir);
-  st_set_verify(&set);
+  source_open(&s, path);
+  if (s.c.dim > LOAD_CHUNK_) die(EXIT_USAGE, "%s: a width of %d is too much", path, s.c.dim);
   float *host = (float *)xmalloc((size_t)LOAD_CHUNK_ * sizeof(float));
-  tensor_table(&table, &c);
-  for (int i = 0; i < table.count; i++) {
-    const Tensor *t = &table.tensors[i];
+  for (int i = 0; i < s.table.count; i++) {
+    const Tensor *t = &s.table.tensors[i];
     if (t->flags & TERNARY && t->n > stage) stage = t->n;
+    if (s.tensors[i].ternary && t->n > widest) widest = t->n;
     if (!(t->flags & EMBED)) continue;
-    const StTensor *s = find_tensor_(&set, dir, t, &f);
-    check_shape_(f, s, t);
-    half[i > 0] = tensor_is_half_(f, s, host);
+    half[i > 0] = source_is_half(&s, i, host, LOAD_CHUNK_);
+    source_release(&s, i);
   }
-  tensor_table_free(&table);
-  if (c.tie_embeddings) half[1] = half[0];
-  model_open_frozen(m, &c, precision, half[0], half[1]);
+  if (s.c.tie_embeddings) half[1] = half[0];
+  model_open_frozen(m, &s.c, precision, half[0], half[1]);
   float *device = (float *)dev_malloc(stage * sizeof(float));
   if (device == NULL) die(EXIT_FAILED, "out of memory: %.1f MB to read a matrix", (double)(stage * sizeof(float)) / 1e6);
+  int8_t *codes = (int8_t *)xmalloc(widest);
   for (int i = 0; i < m->table.count; i++) {
     const Tensor *t = &m->table.tensors[i];
-    const StTensor *s = find_tensor_(&set, dir, t, &f);
-    check_shape_(f, s, t);
+    int part;
     if (t->flags & EMBED) {
-      load_rows_(i > 0 || c.tie_embeddings ? &m->head : &m->embed, f, s, device, host);
+      load_rows_(i > 0 || s.c.tie_embeddings ? &m->head : &m->embed, &s, i, device, host);
+    } else if (!(t->flags & TERNARY)) {
+      load_floats_(m->params + t->offset, &s, i, host);
+    } else if (s.tensors[i].ternary) {
+      float gamma = source_codes(&s, i, codes);
+      dev_copy_in(device, codes, t->n);
+      BitWeight *w = frozen_weight(m, i, &part);
+      weight_pack_codes(w, part, (const int8_t *)device, gamma);
     } else {
-      float *to = t->flags & TERNARY ? device : m->params + t->offset;
-      for (size_t first = 0; first < t->n; first += LOAD_CHUNK_) {
-        load_part_(to + first, f, s, first, t->n - first < LOAD_CHUNK_ ? t->n - first : (size_t)LOAD_CHUNK_, host);
-      }
-    }
-    if (t->flags & TERNARY) {
-      int part;
+      load_floats_(device, &s, i, host);
       BitWeight *w = frozen_weight(m, i, &part);
       weight_pack(w, part, device);
     }
-    st_release(f, s);
+    source_release(&s, i);
   }
-  refuse_surplus_(m, &set);
   dev_free(device);
+  free(codes);
   free(host);
-  st_set_close(&set);
+  source_close(&s);
 }
 
 /*
 The tokenizer of a model directory. If we wrote the directory, config.json knows the hash of the vocabulary and the special ids, and a
 tokenizer that differs is refused: it would encode silently wrong.
 */
-UNUSED static void checkpoint_tokenizer(Tokenizer *t, const char *dir) {
+static void directory_tokenizer_(Tokenizer *t, const char *dir) {
   char path[4096], err[256], hash[32];
   size_t len;
   JsonDoc doc;
@@ -574,6 +402,66 @@ UNUSED static void checkpoint_tokenizer(Tokenizer *t, const char *dir) {
   t->vocab_padded = vocab;
   json_free(&doc);
   free(text);
+}
+
+/*
+The tokenizer that lies in a GGUF file, or beside a llama2.c file: tokenizer.bin, or tok512.bin for a vocabulary of 512. found (=) the
+place of the latter. Returns 0 if there is none.
+*/
+static int file_tokenizer_(char *found, size_t cap, const char *path) {
+  Config c;
+  char dir[4096], name[64];
+  if (source_begins_(path, "GGUF")) {
+    Gguf g;
+    char model[32];
+    gguf_open(&g, path);
+    gguf_text(&g, "tokenizer.ggml.model", model, sizeof model, "none");
+    gguf_close(&g);
+    return strcmp(model, "none") != 0;
+  }
+  config_read(&c, path);
+  snprintf(dir, sizeof dir, "%s", path);
+  char *slash = strrchr(dir, '/');
+  if (slash) *slash = 0;
+  else strcpy(dir, ".");
+  snprintf(name, sizeof name, "tok%d.bin", c.vocab);
+  path_join(found, cap, dir, "tokenizer.bin");
+  if (is_file(found)) return 1;
+  path_join(found, cap, dir, name);
+  return is_file(found);
+}
+
+// 1 if a model directory or file brings a tokenizer.
+UNUSED static int checkpoint_has_tokenizer(const char *path) {
+  char file[4096];
+  if (is_file(path)) return file_tokenizer_(file, sizeof file, path);
+  path_join(file, sizeof file, path, "tokenizer.json");
+  return is_file(file);
+}
+
+// The tokenizer of a model directory or file. Exit 2 if there is none, 3 if it is damaged or of another model.
+UNUSED static void checkpoint_tokenizer(Tokenizer *t, const char *path) {
+  char file[4096];
+  Config c;
+  if (!is_file(path)) {
+    directory_tokenizer_(t, path);
+    return;
+  }
+  config_read(&c, path);
+  if (source_begins_(path, "GGUF")) {
+    Gguf g;
+    gguf_open(&g, path);
+    gguf_tokenizer(t, &g);
+    gguf_close(&g);
+  } else if (file_tokenizer_(file, sizeof file, path)) {
+    tokenizer_load(t, file);
+  } else {
+    die(EXIT_USAGE,
+        "%s: there is no tokenizer.bin beside it; copy it there, or make a directory with convert init=%s tokenizer=FILE out=DIR",
+        path, path);
+  }
+  if (t->vocab_size > c.vocab) die(EXIT_DAMAGED, "%s: the tokenizer has %d tokens, the model only %d", path, t->vocab_size, c.vocab);
+  t->vocab_padded = c.vocab;
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -778,10 +666,10 @@ static void remove_dir_(const char *dir) {
   rmdir(dir);
 }
 
-// The files of a model directory into dir (which exists); with s also the training state. 0 or errno.
-static int save_files_(const Model *m, const Tokenizer *t, const Options *o, const State *s, const char *dir) {
+// The small files of a model directory into dir (which exists): everything but the weights. 0 or errno.
+static int save_config_(const Config *c, const Tokenizer *t, const WeightForm *form, const char *dir) {
   StrBuf config = {NULL, 0, 0}, generation = {NULL, 0, 0};
-  config_put_json(&config, &m->c, t);
+  config_put_form(&config, c, t, form);
   strbuf_printf(&generation, "{");
   if (t && t->bos_id >= 0) strbuf_printf(&generation, "\"bos_token_id\": %d, ", t->bos_id);
   if (t && t->eos_id >= 0) strbuf_printf(&generation, "\"eos_token_id\": %d, ", t->eos_id);
@@ -790,10 +678,18 @@ static int save_files_(const Model *m, const Tokenizer *t, const Options *o, con
   int err = save_text_(dir, "config.json", &config);
   if (!err) err = save_text_(dir, "generation_config.json", &generation);
   if (!err && t) err = tokenizer_save(t, dir);
-  if (!err) err = save_parameters_(m, dir);
-  if (!err && s) err = save_state_(m, o, s, dir);
   strbuf_free(&config);
   strbuf_free(&generation);
+  return err;
+}
+
+// The files of a model directory into dir (which exists); with s also the training state. 0 or errno.
+static int save_files_(const Model *m, const Tokenizer *t, const Options *o, const State *s, const char *dir) {
+  WeightForm form;
+  memset(&form, 0, sizeof form);
+  int err = save_config_(&m->c, t, &form, dir);
+  if (!err) err = save_parameters_(m, dir);
+  if (!err && s) err = save_state_(m, o, s, dir);
   return err;
 }
 

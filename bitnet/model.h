@@ -446,19 +446,24 @@ static void *device_memory_(size_t bytes, const char *what) {
 /*
 The rotation angles, computed as transformers computes them: frequencies and angles in float32 (a double would differ in the third
 digit at position 4096), sine and cosine of that float. llama3 scaling slows the low frequencies down by `factor`,
-keeps the high ones, and blends in between.
+keeps the high ones, and blends in between. Pair i of a head turns by this much from one position to the next.
 */
+UNUSED static float rope_frequency(const Config *c, int i) {
+  float inv = 1.0f / powf((float)c->rope_theta, (float)(2 * i) / (float)c->head_dim);
+  if (!c->rope_llama3) return inv;
+  double wavelength = 6.283185307179586 / (double)inv, original = (double)c->rope_original_max;
+  double low = original / c->rope_low_freq, high = original / c->rope_high_freq;
+  double smooth = (original / wavelength - c->rope_low_freq) / (c->rope_high_freq - c->rope_low_freq);
+  if (wavelength > low) return (float)((double)inv / c->rope_factor);
+  if (wavelength < high) return inv;
+  return (float)((1 - smooth) * (double)inv / c->rope_factor + smooth * (double)inv);
+}
+
+// cossin (=) [max_seq, head_dim]: for each position the cosines of all pairs, then their sines.
 UNUSED static void rope_table(float *cossin, const Config *c) {
   int half = c->head_dim / 2;
   for (int i = 0; i < half; i++) {
-    float inv = 1.0f / powf((float)c->rope_theta, (float)(2 * i) / (float)c->head_dim);
-    if (c->rope_llama3) {
-      double wavelength = 6.283185307179586 / (double)inv, original = (double)c->rope_original_max;
-      double low = original / c->rope_low_freq, high = original / c->rope_high_freq;
-      double smooth = (original / wavelength - c->rope_low_freq) / (c->rope_high_freq - c->rope_low_freq);
-      if (wavelength > low) inv = (float)((double)inv / c->rope_factor);
-      else if (wavelength >= high) inv = (float)((1 - smooth) * (double)inv / c->rope_factor + smooth * (double)inv);
-    }
+    float inv = rope_frequency(c, i);
     for (int p = 0; p < c->max_seq; p++) {
       float angle = (float)p * inv;
       cossin[(size_t)p * (size_t)c->head_dim + (size_t)i] = (float)cos((double)angle);

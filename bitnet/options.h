@@ -29,6 +29,7 @@ enum {
 enum {
   GROUP_MODEL = 1, GROUP_TRAINING = 2, GROUP_DATA = 4, GROUP_SHARED = 8, GROUP_RUNNING = 16, GROUP_INFERENCE = 32, GROUP_GENERAL = 64,
   GROUP_COMMAND = 128,   // about this one call of the program: never stored
+  GROUP_CONVERT = 256,
   RESULT_GROUPS = GROUP_MODEL | GROUP_TRAINING | GROUP_DATA | GROUP_SHARED,
   STORED_GROUPS = RESULT_GROUPS | GROUP_RUNNING   // what a run folder and a checkpoint remember
 };
@@ -46,7 +47,7 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(MODEL, ffn_dim, 384, 1, 1 << 20, "width of the feed-forward unit")                                                            \
   INT(MODEL, vocab, 0, 0, 1 << 24, "rows of the embedding; 0 = what the tokenizer needs")                                           \
   INT(MODEL, max_seq, 0, 0, 1 << 24, "longest context; 0 = seq_len")                                                                \
-  REAL(MODEL, norm_eps, 1e-5, 1e-12, 1, "epsilon of all norms")                                                                     \
+  REAL(MODEL, norm_eps, 1e-5, 1e-30, 1, "epsilon of all norms")                                                                     \
   REAL(MODEL, rope_theta, 10000, 1, 1e12, "base of the rotary embedding")                                                           \
   CHOICE(MODEL, rope_scaling, 0, "none|llama3", "frequency scaling of the rotary embedding")                                        \
   REAL(MODEL, rope_factor, 8, 1, 1e6, "llama3 scaling: factor")                                                                     \
@@ -87,7 +88,7 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(TRAINING, recompute, 0, 0, 1, "recompute activations in the backward pass: less memory, a third more work")                   \
   INT(TRAINING, dx_int8, 0, 0, 1, "at lambda = 1 round gradients to int8, at random, for faster products; 0 = exact")                \
   INT(TRAINING, max_skips, 3, 1, INT_MAX, "stop after so many updates in a row that were skipped as not finite")                    \
-  TEXT(TRAINING, init, "", "start from the model in this directory instead of random weights")                                      \
+  TEXT(TRAINING, init, "", "start from this model, a directory or file, instead of random weights")                                 \
                                                                                                                                     \
   TEXT(DATA, data, "arithmetic", "training data: arithmetic, or token shards: data/train_*.bin, or a_*.bin:0.7,b_*.bin:0.3")       \
   TEXT(DATA, tokenizer, "", "tokenizer of the shards, a file or its directory; empty: beside the shards")                           \
@@ -100,7 +101,7 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(SHARED, seed, 1337, 0, INT_MAX, "number that all random choices depend on")                                                   \
   CHOICE(SHARED, precision, 0, "bf16|fp32", "operands of float products; sums are fp32 always")                                     \
                                                                                                                                     \
-  TEXT(RUNNING, val_data, "", "validation shards, as in data; empty: none (arithmetic has its held-out problems)")                    \
+  TEXT(RUNNING, val_data, "", "validation shards, as in data; empty: none (arithmetic has its held-out problems)")                  \
   TEXT(COMMAND, resume, "", "go on with this run or checkpoint, with its own options")                                              \
   INT(COMMAND, stop_at, 0, 0, INT_MAX, "stop after this step as an interruption would: saved, schedules unchanged; 0 = at the end") \
   INT(RUNNING, eval_every, 0, 0, INT_MAX, "steps between evaluations; 0 = only at the end")                                         \
@@ -109,8 +110,8 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(RUNNING, save_every, 0, 0, INT_MAX, "steps between checkpoints; 0 = only at the end")                                         \
   INT(RUNNING, keep, 3, 0, INT_MAX, "newest checkpoints that are kept; 0 = all")                                                    \
   INT(RUNNING, sample_every, 0, 0, INT_MAX, "steps between samples; 0 = only at the end")                                           \
-  TEXT(RUNNING, sample_prompt, "Once upon a time", "samples continue this text; several texts are separated by |")                    \
-  INT(RUNNING, health_every, 10, 0, INT_MAX, "steps between measurements of the codes (zeros, flips) in log.jsonl; 0 = never")        \
+  TEXT(RUNNING, sample_prompt, "Once upon a time", "samples continue this text; several texts are separated by |")                  \
+  INT(RUNNING, health_every, 10, 0, INT_MAX, "steps between measurements of the codes (zeros, flips) in log.jsonl; 0 = never")      \
   INT(RUNNING, log_every, 1, 1, INT_MAX, "steps between lines of log.jsonl")                                                        \
   TEXT(RUNNING, run_dir, "runs", "where run folders are made")                                                                      \
   TEXT(RUNNING, name, "", "name of the run folder; empty: preset and time")                                                         \
@@ -123,9 +124,9 @@ default, names separated by |, help; its value is the index of the name. A switc
   REAL(INFERENCE, top_p, 1, 0, 1, "sample from the most likely tokens that together have this probability")                         \
   INT(INFERENCE, count, 1, 1, 4096, "texts to generate at once")                                                                    \
   CHOICE(INFERENCE, chat_template, 0, "auto|none|chatml|llama3|alpaca", "chat: how turns are marked; auto: what the tokenizer has marks for") \
-  TEXT(INFERENCE, system, "", "chat: what the model is told before the first turn")                                                  \
+  TEXT(INFERENCE, system, "", "chat: what the model is told before the first turn")                                                 \
   INT(INFERENCE, decode, 0, 0, 1, "tokenize: ids to text instead of text to ids")                                                   \
-  TEXT(INFERENCE, file, "", "perplexity: a text file; eval: the records of a task")                                                 \
+  TEXT(INFERENCE, file, "", "perplexity, convert: a text file; eval: the records of a task")                                                 \
   CHOICE(INFERENCE, task, 0, "none|hellaswag|arc|mmlu|winogrande|truthfulqa|lambada|wikitext|qa",  \
          "eval: a benchmark, with file=")  \
   INT(INFERENCE, shots, -1, -1, 1000, "eval: examples before a question; -1 = the usual number, 0 without shots_file")              \
@@ -139,6 +140,17 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(INFERENCE, overlap, 0, 0, 1 << 24, "perplexity: tokens of a window that are only context")                                    \
   TEXT(INFERENCE, ids, "", "token ids, separated by blanks or commas")                                                              \
   REAL(INFERENCE, lambda, 1, 0, 1, "1 = the ternary model, 0 = its float master weights")                                           \
+                                                                                                                                    \
+  TEXT(CONVERT, out, "", "where the converted model goes: a directory; for format=gguf also a file")                                \
+  CHOICE(CONVERT, format, 0, "hf|packed|gguf|trits|compress", "hf: float master weights; the others: ternary codes")                \
+  CHOICE(CONVERT, type, 0, "auto|f32|bf16|f16|q8_0|tq1_0|tq2_0|i2_s", "type of the matrices in a GGUF file, of the floats elsewhere") \
+  CHOICE(CONVERT, embed_type, 0, "f16|f32|bf16|q8_0", "type of the embedding in a GGUF file")                                       \
+  CHOICE(CONVERT, scale, 0, "auto|multiply|divide", "packed: what readers do with weight_scale; auto: divide where there are biases") \
+  INT(CONVERT, fold, 0, 0, 1, "keep the norms in front of the matrices, also where transformers has a class without it")            \
+  INT(CONVERT, calibrate, 0, 0, 10000, "batches of file= that the gains of inserted sub-norms are measured on; 0 = gain 1")         \
+  TEXT(CONVERT, params, "", "make a new model of about this many parameters, such as 750M or 1.5B")                                 \
+  INT(CONVERT, any_size, 0, 0, 1, "params: also below 300M and above 200B")                                                         \
+  INT(CONVERT, ternary_embed, 0, 0, 1, "params, trits, compress: the embedding is ternary, too (experimental)")                     \
                                                                                                                                     \
   INT(GENERAL, threads, 0, 0, 1024, "CPU threads; 0 = one for each core. Does not change results")                                  \
   TEXT(GENERAL, config, "", "JSON file with values for options; the command line overrules it")                                     \
@@ -477,7 +489,7 @@ static void preset_apply_(Options *o, const Preset *p) {
 
 // Prints the table (all of it, or the groups of one mode) to stdout.
 UNUSED static void options_help(const Mode *modes, size_t n_modes, const Mode *mode) {
-  static const char *const titles[] = {"Model", "Training", "Data", "Seed and precision", "Running", "Inference", "General", "This call"};
+  static const char *const titles[] = {"Model", "Training", "Data", "Seed and precision", "Running", "Inference", "General", "This call", "Convert"};
   Options o;
   options_defaults(&o);
   printf("usage: ./train_bitnet [MODE] [PRESET | DIR] [key=value | --key=value | --key value]...\n\n");

@@ -615,7 +615,7 @@ UNUSED static size_t st_set_verify(const StSet *s) {
 
 typedef struct {
   const char *name;
-  int dtype;                    // ST_F32, ST_BF16, ST_F16 or ST_U8
+  int dtype;                    // ST_F32, ST_BF16, ST_F16, ST_U8 or ST_I32
   int ndim;
   size_t shape[ST_MAX_DIMS];
 } StEntry;
@@ -624,7 +624,7 @@ typedef struct {
   const char *key, *value;   // "format" and keys that begin with "crc32." are the writer's own
 } StMeta;
 
-// Gives elements first .. first+count-1 of entries[entry]: count floats, or count bytes for ST_U8. Called twice for each
+// Gives elements first .. first+count-1 of entries[entry]: count floats, or count bytes for ST_U8, int32 for ST_I32. Called twice for each
 // element, first for the checksum, then for the file; both times it must give the same.
 typedef void (*StSource)(void *ctx, size_t entry, size_t first, size_t count, void *out);
 
@@ -663,7 +663,7 @@ UNUSED static void st_plan_(const char *path, StPlan_ *plan, const StEntry *entr
     int clean = len > 0 && len <= ST_MAX_NAME && strcmp(e->name, "__metadata__") != 0 && st_is_utf8_(e->name);
     for (size_t k = 0; k < len; k++) clean = clean && !iscntrl((unsigned char)e->name[k]);
     if (!clean) die(EXIT_FAILED, "bug: %s: tensor %zu has a name that cannot be written", path, i);
-    if (e->dtype != ST_F32 && e->dtype != ST_BF16 && e->dtype != ST_F16 && e->dtype != ST_U8)
+    if (e->dtype != ST_F32 && e->dtype != ST_BF16 && e->dtype != ST_F16 && e->dtype != ST_U8 && e->dtype != ST_I32)
       die(EXIT_FAILED, "bug: %s: tensor %s: dtype %d cannot be written", path, e->name, e->dtype);
     if (e->ndim < 0 || e->ndim > ST_MAX_DIMS) die(EXIT_FAILED, "bug: %s: tensor %s has %d dimensions", path, e->name, e->ndim);
     plan[i].e = e;

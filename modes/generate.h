@@ -34,7 +34,10 @@ UNUSED static void load_to_run(Model *m, const char *dir, int precision, float l
   if (lambda == 1.0f && c.act_bits > 0) {
     model_load_frozen(m, dir, precision);
   } else {
-    model_load(m, dir, precision);
+    int codes = model_load(m, dir, precision);
+    if (codes > 0 && lambda != 1.0f)
+      die(EXIT_USAGE, "lambda=%g: %s holds ternary codes; there are no float master weights behind them, only lambda=1 can be run",
+          (double)lambda, dir);
     model_quantize(m, lambda);
   }
 }

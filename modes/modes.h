@@ -10,6 +10,7 @@ Defines:     run_mode.
 
 #include "bench.h"
 #include "chat.h"
+#include "convert.h"
 #include "eval.h"
 #include "generate.h"
 #include "logits.h"
@@ -27,6 +28,8 @@ static const Mode modes[] = {
     {"eval", "DIR [data=GLOB | task=NAME file=FILE]", "loss and exact match on held-out data; benchmarks; answers to questions", GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_INFERENCE, 0, 1, mode_eval},
     {"logits", "DIR ids=\"1 2 3\"", "one line per position with all logits, for checking against a reference", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_logits},
     {"perplexity", "DIR file=TEXT | data=GLOB", "how well a model predicts a text, per token and per byte", GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_perplexity},
+    {"convert", "init=MODEL out=DIR | params=750M out=DIR", "write a model in another form, or make a new one",
+     GROUP_MODEL | GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_INFERENCE | GROUP_CONVERT, 0, 2, mode_convert},
     {"tokenize", "DIR", "text on stdin, token ids on stdout, line by line; decode=1: the other way", GROUP_INFERENCE, 0, 1, mode_tokenize},
     {"bench", "[peaks|products|train|ops|decode]", "what the machine can do, and how much of it we use", GROUP_SHARED | GROUP_TRAINING, 0, 2, mode_bench}};
 

@@ -54,9 +54,9 @@ directory tokenizer=, or beside them. Returns 0 if there is none: then vocab= mu
 static int pretrain_tokenizer_(Tokenizer *tok, const Options *o, const char *from) {
   char dir[4096], path[4096];
   if (from[0]) {
-    path_join(path, sizeof path, from, "tokenizer.json");
-    if (is_file(path)) checkpoint_tokenizer(tok, from);
-    return is_file(path);
+    int there = checkpoint_has_tokenizer(from);
+    if (there) checkpoint_tokenizer(tok, from);
+    return there;
   }
   if (o->tokenizer[0]) snprintf(dir, sizeof dir, "%s", o->tokenizer);
   else if (is_arithmetic(o)) {

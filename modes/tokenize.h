@@ -31,7 +31,8 @@ UNUSED static void mode_tokenize(Options *o) {
   int *ids = NULL;
   ssize_t len;
   tokenizer_place_(dir, sizeof dir, o->dir);
-  tokenizer_load(&tok, dir);
+  if (is_file(dir) && source_begins_(dir, "GGUF")) checkpoint_tokenizer(&tok, dir);
+  else tokenizer_load(&tok, dir);
   while ((len = getline(&line, &line_cap, stdin)) >= 0) {
     n_line++;
     if (len > 0 && line[len - 1] == '\n') line[--len] = 0;

@@ -776,7 +776,7 @@ static void bad_write_(void *arg) {
   if (b->which == 1) e[2].name = "a.weight";
   if (b->which == 2) e[1].name = "";
   if (b->which == 3) e[1].name = "a\nb";
-  if (b->which == 4) e[1].dtype = ST_I32;
+  if (b->which == 4) e[1].dtype = ST_I64;
   if (b->which == 9) e[1].ndim = 9;
   if (b->which == 10) e[1].name = "__metadata__";
   if (b->which == 11) e[1].name = "\xC3";

@@ -1,0 +1,371 @@
+#!/usr/bin/env python3
+"""Tests of reading and writing models against programs that share no code with us: transformers, the gguf package, and llama.cpp.
+
+    python dev/test/test_convert.py [--binary ./train_bitnet]
+
+Needs torch, transformers, accelerate, safetensors and gguf; llama.cpp is used where the package xllamacpp (it
+has binary wheels; the version that CI names) is installed.
+All models are tiny and random. Errors are relative to the largest logit. Bounds: 1e-5 for the same float network (for llama.cpp, too, which
+sums in another order); 2e-2 with the same most likely token where 8-bit activations are involved, because a value on the edge between two
+codes may fall on either side (near ties of less than 1e-3 apart). llama.cpp quantises activations by blocks, we by tokens, and GGUF rounds the
+scales of the matrices: there nine of ten positions must have the same most likely token.
+"""
+import argparse
+import ctypes
+import glob
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+import gguf
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+warnings.filterwarnings("ignore", category=FutureWarning)
+FLOAT_BOUND, QUANTISED_BOUND, EMBED_BOUND, NEAR_TIE = 1e-5, 2e-2, 1e-1, 1e-3   # EMBED: the embedding itself has only 8 bits
+AGREEMENT = 0.9
+BINARY = "./train_bitnet"
+llama = None   # the library
+passed = failed = 0
+
+
+def check(ok, what):
+    global passed, failed
+    passed, failed = passed + bool(ok), failed + (not ok)
+    if not ok:
+        print("FAIL", what, flush=True)
+
+
+def run(*args, code=0):
+    p = subprocess.run([BINARY, *map(str, args)], capture_output=True, text=True, timeout=300)
+    check(p.returncode == code, f"{' '.join(map(str, args))}: exit code {p.returncode}, wanted {code}\n{p.stderr[-600:]}")
+    return p
+
+
+def logits(path, ids, *args):
+    out = run("logits", path, "ids=" + " ".join(map(str, ids)), "precision=fp32", *args).stdout
+    return np.array([line.split() for line in out.splitlines()], dtype=np.float64)
+
+
+def error(a, b):
+    return np.abs(a - b).max() / np.abs(b).max() if a.shape == b.shape and a.size else np.inf
+
+
+def same_argmax(a, b):
+    x, y, at = a.argmax(-1), b.argmax(-1), np.arange(len(b))
+    return bool(((x == y) | (b[at, y] - b[at, x] < NEAR_TIE * np.abs(b).max())).all())
+
+
+def agreement(a, b):
+    return (a.argmax(-1) == b.argmax(-1)).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The peers.
+
+def theirs(path, ids):
+    """transformers' logits in float32; every tensor of the file must be used and none may be missing."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    problems = {k: v for k, v in info.items() if v and k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    check(not problems, f"{path}: transformers: {problems}")
+    with torch.no_grad():
+        out = model.eval()(torch.tensor(ids)).logits.double().numpy()
+    return out if np.ndim(ids) > 1 else out
+
+
+class Params(ctypes.Structure):
+    """llama.cpp's parameter structs, passed by value: room for all of them, with the few numbers that we set by their place."""
+    _fields_ = [("word", ctypes.c_int32 * 256)]
+
+
+def open_llama():
+    """The C interface of the library inside the package xllamacpp, or None where it is not installed."""
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None:
+        return None
+    lib = ctypes.CDLL(glob.glob(os.path.join(os.path.dirname(spec.origin), "xllamacpp*.so"))[0])
+    for name in ("llama_model_default_params", "llama_context_default_params", "llama_batch_get_one"):
+        getattr(lib, name).restype = Params
+    for name in ("llama_model_load_from_file", "llama_init_from_model", "llama_model_get_vocab"):
+        getattr(lib, name).restype = ctypes.c_void_p
+    lib.llama_get_logits_ith.restype = ctypes.POINTER(ctypes.c_float)
+    silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
+    lib.llama_log_set(silent, None)
+    lib.keep = silent
+    c = lib.llama_context_default_params().word
+    check(c[:3] == [512, 2048, 512] and c[13] == -1 and c[26:28] == [1, 1], f"another version of xllamacpp: its parameters are {c[:40]}")
+    return lib
+
+
+def llama_logits(path, ids):
+    """llama.cpp's logits at every position, one token after the other, with float32 caches."""
+    model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
+    check(model, f"{path}: llama.cpp refuses it")
+    if not model:
+        return np.zeros(0)
+    c = llama.llama_context_default_params()
+    c.word[0:3] = [64, 64, 64]   # context, batch, micro-batch
+    c.word[7:9] = [1, 1]         # threads
+    c.word[13] = 0               # no flash attention
+    c.word[26:28] = [0, 0]       # caches in float32
+    model = ctypes.c_void_p(model)
+    context = ctypes.c_void_p(llama.llama_init_from_model(model, c))
+    vocab = llama.llama_vocab_n_tokens(ctypes.c_void_p(llama.llama_model_get_vocab(model)))
+    rows = []
+    for token in ids:
+        one = (ctypes.c_int32 * 1)(token)
+        check(llama.llama_decode(context, llama.llama_batch_get_one(one, 1)) == 0, f"{path}: llama_decode")
+        rows.append(np.array(llama.llama_get_logits_ith(context, -1)[:vocab], dtype=np.float64))
+    llama.llama_free(context)
+    llama.llama_model_free(model)
+    return np.stack(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tiny models.
+
+COMMON = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96,
+              max_position_embeddings=128, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+IDS = [(7 * i + 3) % 96 for i in range(20)]
+
+
+def make(name, path, cls, dtype=torch.float32, shards=False, **changes):
+    """A random model of a class in a directory; gains and biases are random, too, so that one that is left out shows. The embedding is large
+    beside what the layers add, as in trained models: where the layers drown it, one 8-bit code more or less moves the logits by 5e-2."""
+    torch.manual_seed(len(name))
+    config = getattr(transformers, cls + "Config")(**{**COMMON, **changes})
+    model = getattr(transformers, cls + "ForCausalLM")(config)
+    with torch.no_grad():
+        for key, w in model.named_parameters():
+            if w.ndim == 1:
+                w.copy_((0.0 if key.endswith("bias") else 1.0) + 0.2 * torch.randn_like(w))
+            else:
+                w.copy_(torch.randn_like(w) * (0.5 if "embed" in key or "lm_head" in key else 0.04))
+    model = model.to(dtype)
+    model.save_pretrained(path, max_shard_size="500KB" if shards else "5GB")
+    return path
+
+
+MODELS = {
+    "llama": dict(cls="Llama", tie_word_embeddings=False),
+    "llama_tied_bf16": dict(cls="Llama", tie_word_embeddings=True, dtype=torch.bfloat16),
+    "llama_head48": dict(cls="Llama", head_dim=48, tie_word_embeddings=True),
+    "llama_llama3": dict(cls="Llama", rope_parameters={**LLAMA3, "rope_theta": 500000.0}, tie_word_embeddings=True),
+    "llama_biased_f16": dict(cls="Llama", attention_bias=True, dtype=torch.float16),
+    "mistral_shards": dict(cls="Mistral", sliding_window=None, shards=True),
+    "qwen2": dict(cls="Qwen2", tie_word_embeddings=True),
+    "qwen3": dict(cls="Qwen3", head_dim=96, rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}),
+    "bitnet": dict(cls="BitNet", tie_word_embeddings=True),
+    "bitnet_silu": dict(cls="BitNet", tie_word_embeddings=True, hidden_act="silu"),
+    "bitnet_untied": dict(cls="BitNet", tie_word_embeddings=False, hidden_act="silu"),
+}
+
+
+def old_spelling(path):
+    """The same config in version 4's words: rope_theta and rope_scaling."""
+    name = os.path.join(path, "config.json")
+    config = json.load(open(name))
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = rope if rope.get("rope_type") != "default" else None
+    config["torch_dtype"] = config.pop("dtype", "float32")
+    json.dump(config, open(name, "w"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests.
+
+def test_float(tmp):
+    """Every class as it is, at lambda = 0; then as GGUF, read by us and by llama.cpp, where an architecture exists."""
+    archs = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "bitnet_silu": "bitnet"}
+    for name, how in MODELS.items():
+        path = make(name, os.path.join(tmp, name), **how)
+        if how.get("shards"):
+            check(os.path.exists(os.path.join(path, "model.safetensors.index.json")), f"{name}: shards")
+        want = theirs(path, [IDS])[0]
+        e = error(logits(path, IDS, "lambda=0"), want)
+        check(e <= FLOAT_BOUND, f"{name}: lambda = 0: {e:.2e}")
+        if "llama3" in name:
+            old_spelling(path)
+            e = error(logits(path, IDS, "lambda=0"), want)
+            check(e <= FLOAT_BOUND, f"{name}: old spelling: {e:.2e}")
+        out = os.path.join(tmp, name + ".gguf")
+        arch = next((a for k, a in archs.items() if name.startswith(k)), None)
+        p = run("convert", f"init={path}", f"out={out}", "format=gguf", "type=f32", "embed_type=f32", "lambda=0", code=0 if arch or name == "bitnet" else 2)
+        if p.returncode:
+            check("error: format=gguf: with sub-norms" in p.stderr, f"{name}: {p.stderr}")
+            continue
+        check(f"architecture {arch or 'bitnet-b1.58'}" in p.stdout, f"{name}: {p.stdout}")
+        e = error(logits(out, IDS, "lambda=0"), want)
+        check(e <= FLOAT_BOUND, f"{name}: back from GGUF: {e:.2e}")
+        if llama and arch:
+            e = error(llama_logits(out, IDS), want)
+            check(e <= FLOAT_BOUND, f"{name}: llama.cpp with float weights: {e:.2e}")
+
+
+def test_ternary_gguf(tmp):
+    """Ternary files: bytes as the gguf package writes them, values and texts as llama.cpp has them."""
+    for name in ("llama", "llama_head48", "qwen2", "qwen3", "bitnet_silu"):
+        path = os.path.join(tmp, name)
+        ours = logits(path, IDS)
+        run("convert", f"init={path}", f"out={tmp}/t.gguf", "format=gguf", "type=f32", "embed_type=f32")
+        reference = {t.name: t.data for t in gguf.GGUFReader(f"{tmp}/t.gguf").tensors}
+        check(error(logits(f"{tmp}/t.gguf", IDS), ours) <= QUANTISED_BOUND, f"{name}: ternary floats read back")
+        if llama:   # float activations on both sides
+            run("convert", f"init={path}", f"out={tmp}/a0", "act_bits=0")
+            e = error(llama_logits(f"{tmp}/t.gguf", IDS), logits(f"{tmp}/a0", IDS))
+            check(e <= FLOAT_BOUND, f"{name}: llama.cpp with ternary floats: {e:.2e}")
+        for kind in ("tq1_0", "tq2_0", "q8_0", "f16", "bf16"):
+            out = f"{tmp}/{name}.{kind}.gguf"
+            p = run("convert", f"init={path}", f"out={out}", "format=gguf", f"type={kind}", "embed_type=" + ("q8_0" if kind == "q8_0" else "f32"))
+            fallback = 0
+            for t in gguf.GGUFReader(out).tensors:
+                if t.tensor_type.name == "F32":
+                    check(np.array_equal(t.data, reference[t.name]), f"{out}: {t.name}: values")
+                    continue
+                want = gguf.quantize(reference[t.name], t.tensor_type)
+                check(t.data.tobytes() == want.tobytes(), f"{out}: {t.name}: bytes differ from the gguf package's")
+                fallback += t.tensor_type.name.lower() != kind and "blk" in t.name
+            check((fallback > 0) == ("they are Q8_0 or F16" in p.stdout), f"{out}: {fallback} fall back, {p.stdout}")
+            back = logits(out, IDS)
+            e = error(back, ours)
+            bound = EMBED_BOUND if kind == "q8_0" else QUANTISED_BOUND
+            check(e <= bound and (kind == "q8_0" or agreement(back, ours) >= AGREEMENT), f"{out}: read back {e:.2e}")
+            if llama and kind.startswith("tq"):
+                peer = llama_logits(out, IDS)
+                e = error(peer, ours)
+                check(e <= QUANTISED_BOUND and agreement(peer, ours) >= AGREEMENT, f"{out}: llama.cpp {e:.2e}")
+    # What has no truthful form is refused.
+    for name, args, words in (("bitnet", ("type=tq2_0",), "write type=i2_s"), ("bitnet_untied", ("type=f16",), "a matrix of its own"),
+                              ("llama", ("activation=relu2",), "only have silu"), ("qwen2", ("attn_sub_norm=1", "ffn_sub_norm=1"), "biases"),
+                              ("llama", ("attn_sub_norm=1",), "both sub-norms or none"), ("llama", ("lambda=0", "type=tq1_0"), "float weights"),
+                              ("llama_head48", ("type=i2_s",), "multiple of 128")):
+        p = run("convert", f"init={tmp}/{name}", f"out={tmp}/no.gguf", "format=gguf", *args, code=2)
+        check(words in p.stderr and not os.path.exists(f"{tmp}/no.gguf"), f"{name} {args}: {p.stderr}")
+
+
+def test_types(tmp):
+    """Files of the gguf package in every type: we read the numbers that it reads."""
+    rng = np.random.default_rng(5)
+    D, F, V = 256, 256, 64
+    for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "TQ1_0", "TQ2_0"):
+        path, out = f"{tmp}/types.gguf", f"{tmp}/types_{kind}"
+        w = gguf.GGUFWriter(path, "qwen3")
+        w.add_block_count(1)
+        w.add_context_length(64)
+        w.add_embedding_length(D)
+        w.add_feed_forward_length(F)
+        w.add_head_count(4)
+        w.add_head_count_kv(2)
+        w.add_layer_norm_rms_eps(1e-6)
+        w.add_rope_freq_base(10000.0)
+        w.add_tokenizer_model("none")
+        w.add_vocab_size(V)
+        want = {}
+        shapes = {"self_attn.q_proj": ("attn_q", D), "self_attn.k_proj": ("attn_k", D // 2), "self_attn.v_proj": ("attn_v", D // 2),
+                  "self_attn.o_proj": ("attn_output", D), "mlp.gate_proj": ("ffn_gate", F), "mlp.up_proj": ("ffn_up", F), "mlp.down_proj": ("ffn_down", D)}
+        for ours, (name, rows) in shapes.items():
+            x = rng.standard_normal((rows, D)).astype(np.float32)
+            q = gguf.quantize(x, getattr(gguf.GGMLQuantizationType, kind))
+            want[f"model.layers.0.{ours}.weight"] = gguf.dequantize(q, getattr(gguf.GGMLQuantizationType, kind))
+            w.add_tensor(f"blk.0.{name}.weight", q, raw_dtype=getattr(gguf.GGMLQuantizationType, kind))
+        for ours, name, n in (("model.layers.0.input_layernorm", "blk.0.attn_norm", D), ("model.layers.0.post_attention_layernorm", "blk.0.ffn_norm", D),
+                              ("model.norm", "output_norm", D), ("model.layers.0.self_attn.q_norm", "blk.0.attn_q_norm", 64),
+                              ("model.layers.0.self_attn.k_norm", "blk.0.attn_k_norm", 64)):
+            want[ours + ".weight"] = rng.standard_normal(n).astype(np.float32)
+            w.add_tensor(name + ".weight", want[ours + ".weight"])
+        want["model.embed_tokens.weight"] = rng.standard_normal((V, D)).astype(np.float32)
+        w.add_tensor("token_embd.weight", want["model.embed_tokens.weight"])
+        w.write_header_to_file()
+        w.write_kv_data_to_file()
+        w.write_tensors_to_file()
+        w.close()
+        run("convert", f"init={path}", f"out={out}", "lambda=0")
+        got = load_file(f"{out}/model.safetensors")
+        check(got.keys() == want.keys(), f"{kind}: tensors {sorted(got.keys() ^ want.keys())}")
+        for name, x in want.items():
+            check(np.array_equal(got[name].numpy(), x), f"{kind}: {name}")
+
+
+def prompts():
+    rng = np.random.default_rng(7)
+    return rng.integers(3, 96, size=(100, 6)).tolist()
+
+
+def test_packed(tmp):
+    """Packed weights in transformers: the same most likely token after 100 prompts; both scale conventions read by us; folded norms."""
+    cases = {"llama": (), "bitnet": (), "qwen2": (), "llama_biased_f16": (), "qwen3": ("attn_sub_norm=1", "ffn_sub_norm=1"), "llama_head48": ("attn_sub_norm=1", "ffn_sub_norm=1"), "bitnet_untied": ("fold=1",)}
+    for name, args in cases.items():
+        path = os.path.join(tmp, name)
+        packed, master = f"{tmp}/{name}_packed", f"{tmp}/{name}_hf"
+        run("convert", f"init={path}", f"out={packed}", "format=packed", *args)
+        run("convert", f"init={path}", f"out={master}", "format=hf", *args)
+        quant = json.load(open(f"{packed}/config.json"))["quantization_config"]
+        folded = name in ("qwen3", "llama_head48", "bitnet_untied")
+        check(quant["use_rms_norm"] == folded and quant["linear_class"] == ("bitlinear" if name in ("qwen2", "llama_biased_f16") else "autobitlinear"),
+              f"{name}: {quant}")
+        ours = logits(packed, IDS)
+        for where in (packed, master):
+            e = error(logits(where, IDS), ours)
+            check(e <= 1e-4 or where == master and e <= QUANTISED_BOUND, f"{where}: {e:.2e} from the packed form")
+            peer = theirs(where, [IDS])[0]
+            e = error(ours, peer)
+            check(e <= QUANTISED_BOUND and same_argmax(ours, peer), f"{where}: transformers {e:.2e}")
+        if name == "bitnet":   # the form that most people have
+            many = prompts()
+            peer = theirs(packed, many)
+            check(all(same_argmax(logits(packed, ids)[-1:], p[-1:]) for ids, p in zip(many, peer)), "100 prompts: the most likely tokens")
+        # The other convention: the scale inverted, and the class that reads it so.
+        tensors = load_file(f"{packed}/model.safetensors")
+        other = f"{tmp}/{name}_other"
+        shutil.copytree(packed, other, dirs_exist_ok=True)
+        biased = {k for k in tensors if k.endswith(".bias")}
+        for k in list(tensors):
+            if k.endswith("weight_scale"):
+                tensors[k] = 1 / tensors[k]
+        divides = quant["linear_class"] == "bitlinear"
+        for k in biased:   # multiplying readers multiply the bias, too
+            tensors[k] = tensors[k] / tensors[k.replace(".bias", ".weight_scale")] if divides else tensors[k]
+        save_file(tensors, f"{other}/model.safetensors", metadata={"format": "pt"})
+        config = json.load(open(f"{other}/config.json"))
+        config["quantization_config"]["linear_class"] = "autobitlinear" if divides else "bitlinear"
+        del config["bitnet_c"]["crc32"]
+        json.dump(config, open(f"{other}/config.json", "w"))
+        e = error(logits(other, IDS), ours)
+        check(e <= QUANTISED_BOUND and same_argmax(logits(other, IDS), ours), f"{other}: the other convention: {e:.2e}")
+        e = error(theirs(other, [IDS])[0], ours)
+        check(e <= QUANTISED_BOUND, f"{other}: transformers reads the other convention as we do: {e:.2e}")
+
+
+def main():
+    global BINARY, llama
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--binary", default=BINARY)
+    BINARY = parser.parse_args().binary
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    llama = open_llama()
+    if llama is None:
+        print("note: llama.cpp is not installed (pip install xllamacpp); its part is left out")
+    with tempfile.TemporaryDirectory() as tmp:
+        for test in (test_float, test_ternary_gguf, test_types, test_packed):
+            before = failed
+            test(tmp)
+            print(f"{'ok  ' if failed == before else 'FAIL'}  {test.__name__}", flush=True)
+    print(f"{passed} passed, {failed} failed")
+    return failed != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
