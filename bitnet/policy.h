@@ -6,7 +6,7 @@ What it is:  advantages of a group of answers, the clipped objective with its pe
              cross-entropy with another coefficient; only the exact penalty (KL_FULL) needs an op of its own.
 What not:    no sampling and no rewards (modes/grpo.h), no layers.
 Read before: bitnet/losses.h.
-Defines:     PolicyLoss, advantages, policy_token, policy_weight, PolicyRows, PolicyStats, policy_logp, head_policy.
+Defines:     PolicyLoss, policy_needs_logits, advantages, policy_token, policy_weight, PolicyRows, PolicyStats, policy_logp, head_policy.
 
 GRPO ("group relative policy optimization") asks a model the same question G times and compares the answers with each other:
 
@@ -32,6 +32,11 @@ typedef struct {
   double beta;                  // weight of the penalty; 0: there is no reference model
   int kl;                       // KL_*
 } PolicyLoss;
+
+// 1 if the penalty is computed from all logits of both models, not from the probabilities of the sampled tokens.
+UNUSED static int policy_needs_logits(const PolicyLoss *s) {
+  return s->beta > 0 && (s->kl == KL_FULL || s->kl == KL_FORWARD);
+}
 
 // ---------------------------------------------------------------------------------------------------------
 // Advantages.
@@ -186,7 +191,7 @@ of the targets, the host turns these into a slope for each row, and the logits b
 */
 UNUSED static void head_policy(Model *m, Model *ref, const PolicyLoss *s, const PolicyRows *rows, float *host_coef, PolicyStats *stats,
                                int backward) {
-  int C = m->c.dim, V = m->c.vocab, full = s->beta > 0 && (s->kl == KL_FULL || s->kl == KL_FORWARD);
+  int C = m->c.dim, V = m->c.vocab, full = policy_needs_logits(s);
   for (int r0 = 0; r0 < m->R; r0 += m->head_rows) {
     int n = m->R - r0 < m->head_rows ? m->R - r0 : m->head_rows;
     const floatX *x = m->final + (size_t)r0 * (size_t)C;

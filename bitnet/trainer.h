@@ -33,6 +33,7 @@ from it ends with the same bits as a run that never stopped.
 // What an evaluation finds; NAN where there is nothing to measure.
 typedef struct {
   double val_loss, exact_match;
+  double second_match;   // grpo with two_layer: the score of corrections
 } Metrics;
 
 // The work of one phase of a step.
@@ -56,6 +57,8 @@ typedef struct {
   void (*report)(void *ctx, StrBuf *json);
   // Appends a few words to the step's line on the terminal. NULL: none.
   void (*progress)(void *ctx, StrBuf *text);
+  // Appends text that the mode needs to go on after the finished step; it goes into the checkpoint (state_kept). NULL: nothing.
+  void (*keep)(void *ctx, StrBuf *text);
   // After each finished step. NULL: nothing.
   void (*finish)(void *ctx, int64_t step);
   // Measures the model, which is quantised at lambda = 1. NULL: never.
@@ -282,7 +285,7 @@ UNUSED static void trainer_open(Trainer *t, const Options *o, const Hooks *hooks
   t->tok = tok;
   t->schedule = schedule_from_options(o);
   t->lambda_ramp = lambda_ramp_steps(o);
-  t->last.val_loss = t->last.exact_match = NAN;
+  t->last.val_loss = t->last.exact_match = t->last.second_match = NAN;
   t->batches = (Batch *)xcalloc((size_t)o->grad_accum, sizeof(Batch));
   for (int i = 0; i < o->grad_accum; i++) batch_alloc(&t->batches[i], m->B, m->T);
   t->host_coef = (float *)xcalloc((size_t)m->R, sizeof(float));
@@ -493,7 +496,7 @@ static void log_step_(Trainer *t, const StepReport *r) {
 static int evaluate_(Trainer *t) {
   if (t->hooks->evaluate == NULL) return 0;
   model_quantize(t->m, 1.0f);
-  t->last.val_loss = t->last.exact_match = NAN;
+  t->last.val_loss = t->last.exact_match = t->last.second_match = NAN;
   t->hooks->evaluate(t->hooks->ctx, t->m, &t->last);
   return !isnan(t->last.val_loss) || !isnan(t->last.exact_match);
 }
@@ -510,11 +513,16 @@ static void evaluate_and_log_(Trainer *t) {
     strbuf_printf(&b, ", \"exact_match\": ");
     json_put_number(&b, t->last.exact_match);
   }
+  if (!isnan(t->last.second_match)) {
+    strbuf_printf(&b, ", \"second_match\": ");
+    json_put_number(&b, t->last.second_match);
+  }
   strbuf_printf(&b, "}\n");
   run_log_(t, &b);
   end_line_(t);
   fprintf(stderr, "evaluation at step %lld, lambda = 1: val_loss %.4f", (long long)t->state.step, t->last.val_loss);
   if (!isnan(t->last.exact_match)) fprintf(stderr, ", exact_match %.4f", t->last.exact_match);
+  if (!isnan(t->last.second_match)) fprintf(stderr, ", corrected %.4f", t->last.second_match);
   fprintf(stderr, "\n");
   strbuf_free(&b);
 }
@@ -535,6 +543,16 @@ static void sample_(Trainer *t) {
     fclose(f);
   }
   strbuf_free(&b);
+}
+
+// A checkpoint of the state after the last finished step.
+static void save_(Trainer *t) {
+  StrBuf kept = {NULL, 0, 0};
+  if (t->hooks->keep) t->hooks->keep(t->hooks->ctx, &kept);
+  t->state.kept = kept.data;
+  checkpoint_save(t->m, t->tok, t->o, &t->state, t->run);
+  t->state.kept = NULL;
+  strbuf_free(&kept);
 }
 
 static int due_(int every, int64_t step) {
@@ -571,14 +589,14 @@ UNUSED static void trainer_train(Trainer *t) {
     }
     if (due_(o->sample_every, step)) sample_(t);
     if (due_(o->save_every, step) && step < end) {
-      checkpoint_save(t->m, t->tok, o, &t->state, t->run);
+      save_(t);
       saved = step;
     }
   }
   int finished = t->state.step >= o->steps, interrupted = stop_requested;
   end_line_(t);
   if (t->state.step < end) fprintf(stderr, "stopping after step %lld\n", (long long)t->state.step);
-  if (saved != t->state.step) checkpoint_save(t->m, t->tok, o, &t->state, t->run);
+  if (saved != t->state.step) save_(t);
   if (finished && !interrupted) {
     if (evaluated != t->state.step) evaluate_and_log_(t);
     if (!due_(o->sample_every, t->state.step)) sample_(t);

@@ -12,12 +12,13 @@ Defines:     run_mode.
 #include "chat.h"
 #include "eval.h"
 #include "generate.h"
+#include "grpo.h"
 #include "logits.h"
 #include "perplexity.h"
 #include "pretrain.h"
 #include "tokenize.h"
 
-// The first is the default. Columns: name, arguments, what it does, groups of options, takes a preset, takes a directory
+// The first is the default. Columns: name, arguments, what it does, groups of options, list of presets, takes a directory
 // (2: may be left out), function.
 static const Mode modes[] = {
     {"pretrain", "[PRESET] [key=value]...", "train a model from random weights, or from init=DIR; go on with resume=RUN",
@@ -25,6 +26,8 @@ static const Mode modes[] = {
     {"chat", "DIR", "talk to a model: type a prompt, read its answer", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_chat},
     {"generate", "DIR prompt=TEXT", "continue a text; the text alone goes to stdout", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_generate},
     {"eval", "DIR [data=GLOB]", "loss and exact match on held-out data, at lambda = 1", GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_INFERENCE, 0, 1, mode_eval},
+    {"grpo", "[PRESET] init=DIR [data=FILE]", "improve a model by rewards: its own answers, good ones made more likely; go on with resume=RUN",
+     GROUP_GRPO | GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_COMMAND, 2, 0, mode_grpo},
     {"logits", "DIR ids=\"1 2 3\"", "one line per position with all logits, for checking against a reference", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_logits},
     {"perplexity", "DIR file=TEXT | data=GLOB", "how well a model predicts a text, per token and per byte", GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_perplexity},
     {"tokenize", "DIR", "text on stdin, token ids on stdout, line by line; decode=1: the other way", GROUP_INFERENCE, 0, 1, mode_tokenize},
