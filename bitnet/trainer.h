@@ -5,7 +5,7 @@ What it is:  accumulate gradients over micro-batches, clip, update, follow the s
              signals; and the run folder in which all of that leaves its traces.
 What not:    no data and no losses: a mode brings them as Hooks. No arithmetic.
 Read before: bitnet/model.h, bitnet/losses.h, bitnet/optim.h, bitnet/checkpoint.h.
-Defines:     Metrics, Hooks, Trainer, trainer_open, trainer_train, trainer_close; run_open, run_log.
+Defines:     Metrics, Work, Hooks, Trainer, run_check_mode, trainer_open, trainer_train, trainer_close; run_open, run_log.
 
 The run folder RUN = run_dir/<name>_<time>/:
     config.json    the resolved options           log.jsonl    one object per step, and one per evaluation
@@ -211,6 +211,23 @@ static void run_cut_log_(const char *path, int64_t step) {
   int err = safe_write_file(path, kept.data ? kept.data : "", kept.len);
   if (err) die(EXIT_FAILED, "cannot write %s: %s", path, strerror(err));
   strbuf_free(&kept);
+  free(text);
+}
+
+// Exit 2 if the run of this checkpoint was made by another mode, which alone knows how to go on with it.
+UNUSED static void run_check_mode(const Options *o, const char *checkpoint) {
+  char run[3072], path[4096], err[200];
+  size_t len;
+  JsonDoc doc;
+  checkpoint_run(run, sizeof run, checkpoint);
+  path_join(path, sizeof path, run, "config.json");
+  char *text = read_file(path, &len);
+  if (text && json_parse(&doc, text, len, err, sizeof err)) {
+    const char *mode = json_get_string(doc.root, "mode", o->mode);
+    if (strcmp(mode, o->mode) != 0)
+      die(EXIT_USAGE, "%s is a run of the mode %s: go on with ./train_bitnet %s resume=%s", run, mode, mode, o->resume);
+    json_free(&doc);
+  }
   free(text);
 }
 

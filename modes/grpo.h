@@ -481,9 +481,13 @@ static const char *csv_record_end_(const char *p) {
   return p;
 }
 
-// Exit 2 if the file has something else in it: rows of two forms in one table help nobody. The header's length, 0 for an empty file.
+// Exit 2 if the file cannot be written or has something else in it: rows of two forms in one table help nobody. The header's length, 0
+// for an empty file.
 static size_t csv_check_(const Options *o) {
   size_t len = 0;
+  FILE *f = fopen(o->csv_log, "a");
+  if (f == NULL) die(EXIT_USAGE, "csv_log: cannot write %s: %s", o->csv_log, strerror(errno));
+  fclose(f);
   char *text = read_file(o->csv_log, &len);
   const char *header = csv_header_(o);
   if (text && len > 0 && strncmp(text, header, strlen(header)) != 0)
@@ -835,6 +839,7 @@ UNUSED static void mode_grpo(Options *o) {
   if (!o->resume[0] && !o->init[0]) die(EXIT_USAGE, "grpo starts from a model: init=DIR, a run or a checkpoint");
   checkpoint_path(from, sizeof from, o->resume[0] ? o->resume : o->init);
   if (o->resume[0]) {
+    run_check_mode(o, from);
     checkpoint_resume_options(o, from);
     if (!is_dir(o->init)) die(EXIT_USAGE, "the run %s started from %s, which is needed as the reference and is not there", o->resume, o->init);
   } else {
