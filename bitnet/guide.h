@@ -183,6 +183,7 @@ UNUSED static void sample_copy(Sample *to, const Sample *from, int T) {
   to->number = from->number;
   to->reward = from->reward;
   to->advantage = from->advantage;
+  to->copies = 1;
 }
 
 UNUSED static void ring_put(SuccessRing *r, const Sample *x, int64_t step) {
@@ -255,6 +256,7 @@ UNUSED static void ring_read(SuccessRing *r, const char *text, size_t len, int v
     x->ended = ring_number_(json_get(e, "ended"), path) != 0;
     x->advantage = ring_number_(json_get(e, "rise"), path);
     x->n_answer = k;
+    x->copies = 1;
     if (x->n_prompt < 1 || x->n_prompt + k != n || n - 1 > r->set.T)
       die(EXIT_DAMAGED, "%s: entry %d of the success buffer: lengths do not match", path, r->set.n);
     r->step[r->set.n] = (int64_t)ring_number_(json_get(e, "step"), path);

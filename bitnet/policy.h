@@ -163,6 +163,7 @@ UNUSED static double policy_weight(int reduction, size_t length, size_t sequence
 // What belongs to the rows of a batch, on the host, [R] each; rows without a target are ignored.
 typedef struct {
   float *weight, *advantage, *old_logp, *ref_logp;
+  float *copies;   // how many equal tokens of equal answers the row stands for; weight is that of all of them
 } PolicyRows;
 
 // Sums over the tokens of an update, for the log; zeroed by the caller.
@@ -170,7 +171,7 @@ typedef struct {
   double loss;                  // sum of weight * loss: the loss itself
   double kl, entropy, clipped;  // sums: penalty, -logp, tokens without a gradient
   double ratio, ratio_min, ratio_max;   // sum; smallest and largest (only where tokens > 0)
-  size_t tokens;
+  double tokens;                // copies counted
 } PolicyStats;
 
 // logp (=) [R] on the host: the log-probability of each target under m, which has run model_forward; 0 where there is none.
@@ -206,13 +207,14 @@ UNUSED static void head_policy(Model *m, Model *ref, const PolicyLoss *s, const 
                                    (double)rows->advantage[r]);
       host_coef[r] = (float)(-(double)rows->weight[r] * t.dlogp);
       stats->loss += (double)rows->weight[r] * t.loss;
-      stats->kl += t.kl;
-      stats->entropy += (double)m->host_losses[r];
-      stats->clipped += t.clipped;
-      stats->ratio += t.ratio;
+      double copies = (double)rows->copies[r];
+      stats->kl += copies * t.kl;
+      stats->entropy += copies * (double)m->host_losses[r];
+      stats->clipped += copies * t.clipped;
+      stats->ratio += copies * t.ratio;
       if (stats->tokens == 0 || t.ratio < stats->ratio_min) stats->ratio_min = t.ratio;
       if (stats->tokens == 0 || t.ratio > stats->ratio_max) stats->ratio_max = t.ratio;
-      stats->tokens++;
+      stats->tokens += copies;
     }
     if (!backward && !full) continue;
     dev_copy_in(m->coef + r0, host_coef + r0, (size_t)n * sizeof(float));
@@ -225,7 +227,7 @@ UNUSED static void head_policy(Model *m, Model *ref, const PolicyLoss *s, const 
       dev_copy_out(ref->host_losses + r0, ref->losses + r0, (size_t)n * sizeof(float));
       for (int r = r0; r < r0 + n; r++) {
         if (rows->weight[r] == 0) continue;
-        stats->kl += (double)ref->host_losses[r];
+        stats->kl += (double)rows->copies[r] * (double)ref->host_losses[r];
         stats->loss += (double)host_coef[r] * (double)ref->host_losses[r];
       }
     } else {

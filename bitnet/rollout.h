@@ -6,7 +6,7 @@ What it is:  a Sample is a prompt, a sampled answer, the log-probability of each
              training batches.
 What not:    no templates, no rewards (modes/grpo.h), no loss (policy.h).
 Read before: bitnet/infer.h, bitnet/policy.h, dataloader.h.
-Defines:     Sample, SampleSet, samples_open, samples_free, samples_draw, samples_text, samples_fill, samples_rows.
+Defines:     Sample, SampleSet, samples_open, samples_free, samples_draw, samples_text, samples_merge, samples_fill, samples_rows.
 
 A row of a batch holds prompt and answer; the targets are the answer's tokens, its end included:
 
@@ -28,6 +28,7 @@ typedef struct {
   float *ref_logp;       // [T+1] the same under the reference model; 0 where it is not asked for
   uint64_t number;       // numbers the random draws
   double reward, advantage;
+  int copies;            // equal answers to the same prompt that it stands for
   StrBuf text;           // the answer, decoded
 } Sample;
 
@@ -105,10 +106,38 @@ UNUSED static void samples_draw(SampleSet *s, int first, int n, Session *session
     Sample *x = &s->items[first + i];
     x->ended = prompts[i].ended;
     x->n_answer = prompts[i].n_out + x->ended;
+    x->copies = 1;
     if (x->ended) x->ids[x->n_prompt + prompts[i].n_out] = end;
     samples_text(x, tok);
   }
   free(prompts);
+}
+
+/*
+Leaves out what need not be computed: equal answers inside a group of G have the same gradient, so one of them stands for all; and
+with without_zeros, answers with advantage 0, which have none. Samples that stay come first, in their order, and set->n is their number.
+*/
+UNUSED static void samples_merge(SampleSet *s, int G, int without_zeros) {
+  int kept = 0;
+  for (int i = 0, group = 0; i < s->n; i++) {   // group: where the samples of i's group that stay begin
+    Sample *x = &s->items[i];
+    int equal = -1;
+    if (i % G == 0) group = kept;
+    if (without_zeros && x->advantage == 0) continue;
+    for (int k = group; k < kept && equal < 0; k++) {
+      const Sample *y = &s->items[k];
+      if (y->n_prompt == x->n_prompt && y->n_answer == x->n_answer && y->advantage == x->advantage &&
+          memcmp(y->ids, x->ids, (size_t)(x->n_prompt + x->n_answer) * sizeof(int)) == 0) equal = k;
+    }
+    if (equal >= 0) {
+      s->items[equal].copies += x->copies;
+      continue;
+    }
+    Sample swap = s->items[kept];   // they keep their memory: exchanged, not copied
+    s->items[kept++] = *x;
+    *x = swap;
+  }
+  s->n = kept;
 }
 
 // Lays samples first, first+1, ... out as the rows of b; rows behind the last sample are padding without targets.
@@ -141,7 +170,8 @@ UNUSED static void samples_rows(const SampleSet *s, int first, const Batch *b, i
     double weight = policy_weight(reduction, (size_t)x->n_answer, sequences, tokens, longest);
     for (int i = 0; i < x->n_answer; i++) {
       size_t at = (size_t)r * (size_t)b->T + (size_t)(x->n_prompt - 1 + i);
-      rows->weight[at] = (float)weight;
+      rows->weight[at] = (float)(weight * x->copies);
+      rows->copies[at] = (float)x->copies;
       rows->advantage[at] = (float)x->advantage;
       rows->old_logp[at] = x->logp[i];
       rows->ref_logp[at] = x->ref_logp[i];

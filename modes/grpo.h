@@ -152,9 +152,11 @@ typedef struct {
   SampleSet second;           // their corrections; behind those that train, some of earlier steps
   SampleSet *set;             // of the two, the one that is trained
   SuccessRing ring;
+  StrBuf *first_text;         // [first.cap] of two_layer: the answers and rewards of the first layer, in the order of the questions
+  double *first_reward;
   double *rewards, *A;        // [first.cap or second.cap]
   double *corrected;          // [second.cap] 1: the correction improved
-  size_t tokens;              // of all answers in set
+  size_t sequences, tokens;   // of the update, with those that samples_merge has left out
   int at;                     // sample of the first row of the newest micro-batch
   int batches, batch;         // micro-batches of an update, and how many of them are done
   Batch host;                 // for the reference's pass
@@ -236,11 +238,13 @@ static void collect_reference_(Grpo *g) {
   }
 }
 
-// What is the same for both layers once set holds answers with advantages.
-static void collect_end_(Grpo *g, SampleSet *set, Work *work) {
+// What is the same for both layers once set holds answers with advantages; G: those to the same prompt, which lie side by side.
+static void collect_end_(Grpo *g, SampleSet *set, int G, Work *work) {
   g->set = set;
+  g->sequences = (size_t)set->n;
   g->tokens = 0;
   for (int i = 0; i < set->n; i++) g->tokens += (size_t)set->items[i].n_answer;
+  if (G > 1) samples_merge(set, G, g->o->beta == 0);
   g->batches = (set->n + g->m->B - 1) / g->m->B;
   g->updates = g->batch = 0;
   collect_reference_(g);
@@ -253,6 +257,16 @@ static void collect_answers_(Grpo *g, SampleSet *set, uint64_t seed, int max_new
   for (int first = 0; first < set->n; first += g->m->B) {
     int n = set->n - first < g->m->B ? set->n - first : g->m->B;
     samples_draw(set, first, n, &g->session, seed, 0, max_new, g->end, g->tok);
+  }
+}
+
+// Remembers what the second layer needs of the first, whose samples are exchanged and left out next.
+static void keep_first_(Grpo *g) {
+  for (int i = 0; i < g->first.n; i++) {
+    const Sample *x = &g->first.items[i];
+    g->first_reward[i] = x->reward;
+    g->first_text[i].len = 0;
+    strbuf_append(&g->first_text[i], x->text.data, x->text.len);
   }
 }
 
@@ -288,7 +302,8 @@ static void collect_first_(Grpo *g, int64_t step, Work *work) {
   memset(&g->stats, 0, sizeof g->stats);
   memset(&g->stats2, 0, sizeof g->stats2);
   g->loss1 = g->loss2 = 0;
-  collect_end_(g, set, work);
+  if (o->two_layer) keep_first_(g);
+  collect_end_(g, set, G, work);
 }
 
 /*
@@ -316,14 +331,14 @@ static void collect_second_(Grpo *g, int64_t step, Work *work) {
   const char *query, *gold;
   int H = o->augmentation_size, kept = 0;
   SampleSet *set = &g->second;
-  set->n = g->first.n * H;
+  set->n = g->first.cap * H;
   g->cut = 0;
   for (int i = 0; i < set->n; i++) {
     Sample *x = &set->items[i];
     x->number = (uint64_t)step * (uint64_t)set->n + (uint64_t)i;
     int guide = guides_choose(&g->guides, (uint64_t)o->seed, x->number, o->guiding_schedule_unit == UNIT_BATCH ? (uint64_t)step : x->number);
     question_of_(g, step, i / H, &query, &gold);
-    g->cut += second_prompt_(g, query, g->first.items[i / H].text.data, g->guides.texts[guide], o->second_max_length);
+    g->cut += second_prompt_(g, query, g->first_text[i / H].data, g->guides.texts[guide], o->second_max_length);
     sample_prompt_(g, x);
   }
   collect_answers_(g, set, rng_u64((uint64_t)o->seed, RNG_SAMPLE, 2), o->second_max_length);
@@ -331,7 +346,7 @@ static void collect_second_(Grpo *g, int64_t step, Work *work) {
   g->corrections = set->n;
   for (int i = 0; i < set->n; i++) {
     Sample *x = &set->items[i];
-    double first = g->first.items[i / H].reward;
+    double first = g->first_reward[i / H];
     question_of_(g, step, i / H, &query, &gold);
     x->reward = rules_score_(&g->rules, query, gold, x->text.data, x->ended);
     x->advantage = x->reward - first;
@@ -366,7 +381,7 @@ static void collect_second_(Grpo *g, int64_t step, Work *work) {
   double *rises = g->corrected + set->cap;
   memcpy(rises, g->rewards, (size_t)set->n * sizeof(double));
   second_advantages_(g, set);
-  collect_end_(g, set, work);
+  collect_end_(g, set, 1, work);
 }
 
 // After the updates of the second layer its successes enter the ring.
@@ -407,7 +422,7 @@ static double grpo_loss_(void *ctx, Model *m, const Batch *b, float coef, float 
   int second = g->set == &g->second;
   PolicyStats *stats = second ? &g->stats2 : &g->stats;
   double before = stats->loss;
-  samples_rows(g->set, g->at, b, o->loss_type, (size_t)g->set->n, g->tokens, (size_t)(second ? o->second_max_length : o->max_new),
+  samples_rows(g->set, g->at, b, o->loss_type, g->sequences, g->tokens, (size_t)(second ? o->second_max_length : o->max_new),
                &g->rows);
   batch_to_device(m, b, coef, host_coef);
   model_forward(m);
@@ -434,7 +449,7 @@ static void put_number_(StrBuf *b, const char *key, double value) {
 static void grpo_report_(void *ctx, StrBuf *b) {
   const Grpo *g = (const Grpo *)ctx;
   const PolicyStats *s = &g->stats;
-  double n = s->tokens ? (double)s->tokens : 1;
+  double n = s->tokens > 0 ? s->tokens : 1;
   put_number_(b, "reward", g->reward);
   put_number_(b, "kl", s->kl / n);
   put_number_(b, "ratio", s->ratio / n);
@@ -446,7 +461,7 @@ static void grpo_report_(void *ctx, StrBuf *b) {
   put_number_(b, "abs_advantage", g->advantage);
   put_number_(b, "frac_zero_std", (double)g->equal_groups / (double)(g->o->batch_size * g->o->grad_accum));
   if (!g->o->two_layer) return;
-  double n2 = g->stats2.tokens ? (double)g->stats2.tokens : 1;
+  double n2 = g->stats2.tokens > 0 ? g->stats2.tokens : 1;
   put_number_(b, "loss2", g->loss2);
   put_number_(b, "reward2", g->reward2);
   put_number_(b, "ratio2", g->stats2.ratio / n2);
@@ -460,7 +475,7 @@ static void grpo_report_(void *ctx, StrBuf *b) {
 
 static void grpo_progress_(void *ctx, StrBuf *b) {
   const Grpo *g = (const Grpo *)ctx;
-  double n = g->stats.tokens ? (double)g->stats.tokens : 1;
+  double n = g->stats.tokens > 0 ? g->stats.tokens : 1;
   strbuf_printf(b, " reward %.3f  kl %.4f", g->reward, g->stats.kl / n);
   if (g->o->two_layer) strbuf_printf(b, "  corrected %.3f", g->reward2);
 }
@@ -531,7 +546,7 @@ static void grpo_finish_(void *ctx, int64_t step) {
   Grpo *g = (Grpo *)ctx;
   if (g->csv == NULL) return;
   fprintf(g->csv, "%lld,%.9g,%.9g,%.9g", (long long)step, g->loss1 + g->loss2, g->reward,
-          g->stats.tokens ? g->stats.kl / (double)g->stats.tokens : 0.0);
+          g->stats.tokens > 0 ? g->stats.kl / g->stats.tokens : 0.0);
   if (g->o->two_layer) {
     fprintf(g->csv, ",%.9g", g->improvement);
     for (int i = 0; i < CSV_TEXTS; i++) {
@@ -789,14 +804,17 @@ static void grpo_alloc_(Grpo *g, Model *m) {
     ring_open(&g->ring, o->buffer_size, T);
     if ((size_t)most > cap) cap = (size_t)most;
     g->corrected = (double *)xcalloc(2 * (size_t)most, sizeof(double));
+    g->first_text = (StrBuf *)xcalloc((size_t)n, sizeof(StrBuf));
+    g->first_reward = (double *)xcalloc((size_t)n, sizeof(double));
   }
   g->rewards = (double *)xcalloc(cap, sizeof(double));
   g->A = (double *)xcalloc(cap, sizeof(double));
   g->host_coef = (float *)xcalloc(R, sizeof(float));
-  g->rows.weight = (float *)xcalloc(4 * R, sizeof(float));
+  g->rows.weight = (float *)xcalloc(5 * R, sizeof(float));
   g->rows.advantage = g->rows.weight + R;
   g->rows.old_logp = g->rows.advantage + R;
   g->rows.ref_logp = g->rows.old_logp + R;
+  g->rows.copies = g->rows.ref_logp + R;
   batch_alloc(&g->host, rows, T);
 }
 
@@ -805,6 +823,9 @@ static void grpo_free_(Grpo *g) {
   session_free(&g->session);
   samples_free(&g->first);
   if (o->two_layer) {
+    for (int i = 0; i < o->batch_size * o->group_size * o->grad_accum; i++) strbuf_free(&g->first_text[i]);
+    free(g->first_text);
+    free(g->first_reward);
     samples_free(&g->second);
     ring_free(&g->ring);
     guides_free(&g->guides);

@@ -44,6 +44,7 @@ double policy_case(int B, int T, int V, const float *logits, const float *ref_lo
   rows.advantage = (float *)xcalloc(R, sizeof(float));
   rows.old_logp = (float *)xcalloc(R, sizeof(float));
   rows.ref_logp = (float *)xcalloc(R, sizeof(float));
+  rows.copies = (float *)xcalloc(R, sizeof(float));
   float *coef = (float *)xcalloc(R, sizeof(float));
   memcpy(rows.old_logp, old_logp, R * sizeof(float));
   memcpy(rows.ref_logp, ref_logp, R * sizeof(float));
@@ -53,16 +54,18 @@ double policy_case(int B, int T, int V, const float *logits, const float *ref_lo
     for (int t = 0; t < T; t++) length += targets[at + (size_t)t] >= 0;
     for (size_t r = at; r < at + (size_t)T; r++) {
       rows.advantage[r] = advantage[b];
+      rows.copies[r] = 1;
       if (targets[r] >= 0) rows.weight[r] = (float)policy_weight(reduction, length, (size_t)B, tokens, (size_t)longest);
     }
   }
   head_policy(&models[0], &models[1], &loss, &rows, coef, &stats, 1);
   dev_floatx_out(dlogits, models[0].dfinal, R * (size_t)V);
-  *kl = stats.tokens ? stats.kl / (double)stats.tokens : 0;
+  *kl = stats.tokens > 0 ? stats.kl / stats.tokens : 0;
   free(rows.weight);
   free(rows.advantage);
   free(rows.old_logp);
   free(rows.ref_logp);
+  free(rows.copies);
   free(coef);
   free(identity);
   model_free(&models[0]);

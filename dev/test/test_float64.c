@@ -753,6 +753,7 @@ static void test_policy_head(void) {
   p.rows.advantage = normals(BT_, 0, 1);
   p.rows.old_logp = normals(BT_, 0, 0.3);
   p.rows.ref_logp = filled(BT_, 0);
+  p.rows.copies = filled(BT_, 1);
   policy_logp(&ref, p.rows.ref_logp);
   policy_logp(&m, logp);
   for (int i = 0; i < BT_; i++) p.rows.old_logp[i] += logp[i];
@@ -770,7 +771,7 @@ static void test_policy_head(void) {
       }
       memset(&p.stats, 0, sizeof p.stats);
       head_policy(&m, &ref, &p.loss, &p.rows, p.coef, &p.stats, 1);
-      CHECK(p.stats.tokens == 10 && p.stats.clipped >= 2 && p.stats.clipped <= 8, "%zu tokens, %g of them clipped", p.stats.tokens,
+      CHECK(p.stats.tokens == 10 && p.stats.clipped >= 2 && p.stats.clipped <= 8, "%g tokens, %g of them clipped", p.stats.tokens,
             p.stats.clipped);
       double *dfinal = copy_of(m.dfinal, BT_ * (size_t)c.dim);
       check_gradient(name, m.final, dfinal, BT_ * (size_t)c.dim, f_head_policy, &p, 1e-4, 1e-8);
@@ -783,6 +784,7 @@ static void test_policy_head(void) {
   free(p.rows.advantage);
   free(p.rows.old_logp);
   free(p.rows.ref_logp);
+  free(p.rows.copies);
   model_free(&m);
   model_free(&ref);
 }

@@ -133,7 +133,7 @@ static void test_first_ratio(void) {
       PolicyRows rows;
       PolicyStats stats;
       PolicyLoss loss = {0.2, 0.2, 0, KL_K3};
-      float numbers[4 * N * T], coef[N * T];
+      float numbers[5 * N * T], coef[N * T];
       size_t tokens = 0;
       dev_init(threads);
       draw_samples_(&s, &m, &c, N, T, 24, end);
@@ -144,6 +144,7 @@ static void test_first_ratio(void) {
       rows.advantage = numbers + N * T;
       rows.old_logp = numbers + 2 * N * T;
       rows.ref_logp = numbers + 3 * N * T;
+      rows.copies = numbers + 4 * N * T;
       for (int i = 0; i < N; i++) {
         Sample *x = &s.items[i];
         x->advantage = i - 2.5;
@@ -163,7 +164,7 @@ static void test_first_ratio(void) {
         memset(&stats, 0, sizeof stats);
         m.head_rows = chunk ? 11 : m.R;
         head_policy(&m, NULL, &loss, &rows, coef, &stats, 0);
-        CHECK(stats.tokens == tokens && stats.ratio_min == 1 && stats.ratio_max == 1 && stats.clipped == 0,
+        CHECK(stats.tokens == (double)tokens && stats.ratio_min == 1 && stats.ratio_max == 1 && stats.clipped == 0,
               "style %d, %d threads: ratios from %.9g to %.9g", style, threads, stats.ratio_min, stats.ratio_max);
         CHECK(stats.entropy > 0, "log-probabilities of nothing");
       }
@@ -191,7 +192,7 @@ static void test_policy_padding(void) {
     PolicyRows rows;
     PolicyStats stats;
     PolicyLoss loss = {0.2, 0.2, 0, KL_K3};
-    float *numbers = (float *)xcalloc(5 * N * LONGER, sizeof(float)), *coef = numbers + 4 * N * LONGER;
+    float *numbers = (float *)xcalloc(6 * N * LONGER, sizeof(float)), *coef = numbers + 5 * N * LONGER;
     size_t tokens = 0;
     dev_init(1);
     draw_samples_(&s, &drawn, &c, N, T, 12, 3);
@@ -204,6 +205,7 @@ static void test_policy_padding(void) {
     rows.advantage = numbers + N * LONGER;
     rows.old_logp = numbers + 2 * N * LONGER;
     rows.ref_logp = numbers + 3 * N * LONGER;
+    rows.copies = numbers + 4 * N * LONGER;
     for (int i = 0; i < N; i++) {
       s.items[i].advantage = i - 1.2;
       tokens += (size_t)s.items[i].n_answer;
@@ -238,6 +240,70 @@ static void test_policy_padding(void) {
   }
   free(grads[0]);
   free(grads[1]);
+  dev_init(0);
+}
+
+/*
+Equal answers of a group, trained once with the weight of all: loss, sums and gradients are those of training each, and answers without
+an advantage can be left out. Of 8 answers in groups of 4, 0 = 2 and 5 = 6 = 7; 3 has the tokens of 4, which is in another group.
+*/
+static void test_policy_merge(void) {
+  enum { N = 8, T = 24 };
+  static const int same_as[N] = {0, 1, 0, 3, 3, 5, 5, 5};
+  static const double advantage[N] = {0.5, 0, 0.5, -1, 2, 0.25, 0.25, 0.25};
+  Config c = small_config_(BITNET_STYLE);
+  PolicyStats stats[3];
+  float *grads[3];
+  for (int way = 0; way < 3; way++) {   // each; merged; merged and without zeros
+    Model drawn, m;
+    SampleSet s;
+    Batch b;
+    PolicyRows rows;
+    PolicyLoss loss = {0.2, 0.2, 0, KL_K3};
+    float *numbers = (float *)xcalloc(6 * N * T, sizeof(float));
+    size_t tokens = 0;
+    dev_init(1);
+    draw_samples_(&s, &drawn, &c, N, T, 5, -1);
+    for (int i = 0; i < N; i++) {
+      if (same_as[i] != i) sample_copy(&s.items[i], &s.items[same_as[i]], T);
+      s.items[i].advantage = advantage[i];
+      tokens += (size_t)s.items[i].n_answer;
+    }
+    if (way > 0) samples_merge(&s, 4, way == 2);
+    CHECK(s.n == (way == 0 ? 8 : way == 1 ? 5 : 4), "way %d: %d samples stay", way, s.n);
+    CHECK(way == 0 || (s.items[0].copies == 2 && s.items[s.n - 1].copies == 3), "copies");
+    open_model_(&m, &c, PRECISION_FP32, N, T, 0, 1);
+    model_quantize(&m, 1);
+    dev_zero(m.grads, m.table.floats * sizeof(float));
+    batch_alloc(&b, N, T);
+    samples_fill(&s, 0, 0, &b);
+    rows.weight = numbers;
+    rows.advantage = numbers + N * T;
+    rows.old_logp = numbers + 2 * N * T;
+    rows.ref_logp = numbers + 3 * N * T;
+    rows.copies = numbers + 4 * N * T;
+    samples_rows(&s, 0, &b, REDUCE_SEQ, N, tokens, 5, &rows);
+    batch_to_device(&m, &b, 0, numbers + 5 * N * T);
+    model_forward(&m);
+    memset(&stats[way], 0, sizeof stats[way]);
+    head_policy(&m, NULL, &loss, &rows, numbers + 5 * N * T, &stats[way], 1);
+    model_backward(&m);
+    grads[way] = (float *)memcpy(xmalloc(m.table.floats * sizeof(float)), read_grads_(&m), m.table.floats * sizeof(float));
+    if (way > 0) {
+      CHECK(fabs(stats[way].loss - stats[0].loss) < 1e-6 * fabs(stats[0].loss), "loss %.9g, of each %.9g", stats[way].loss, stats[0].loss);
+      CHECK_CLOSE("gradients of merged answers", grads[way], grads[0], m.table.floats, 1e-6);
+    }
+    if (way == 1)
+      CHECK(stats[1].tokens == stats[0].tokens && fabs(stats[1].entropy - stats[0].entropy) < 1e-9 * stats[0].entropy, "sums: %g tokens of %g",
+            stats[1].tokens, stats[0].tokens);
+    free(numbers);
+    samples_free(&s);
+    batch_free(&b);
+    model_free(&drawn);
+    model_free(&m);
+    end_test_();
+  }
+  for (int way = 0; way < 3; way++) free(grads[way]);
   dev_init(0);
 }
 
@@ -595,6 +661,7 @@ static void test_grpo_bad_input(void) {
   {"policy_token", "the clipped objective at its corners, penalties, weights", test_policy_token},              \
   {"first_ratio", "sampled and recomputed log-probabilities have the same bits", test_first_ratio},             \
   {"policy_padding", "longer rows change nothing; no advantage, no gradient", test_policy_padding},             \
+  {"policy_merge", "equal answers trained once with the weight of all", test_policy_merge},                    \
   {"grpo_rewards", "weighted sums of rules", test_grpo_rewards},                                                \
   {"grpo_prompts", "first and second pass, answers that are too long", test_grpo_prompts},                      \
   {"guides", "guiding prompts by text, file, weight, schedule; verifiers", test_guides},                        \
