@@ -264,7 +264,7 @@ static const Preset grpo_presets[] = {
     {"questions", "questions with answers from a file: data=FILE.jsonl",
      "data= steps=100 batch_size=1 lr=1e-5 warmup_steps=0 lr_schedule=constant lambda_schedule=none"},
     {"arithmetic", "sums and differences: a model that was stopped early practises on, by reward alone",
-     "steps=200 batch_size=64 group_size=8 lr=1e-3 warmup_steps=5 min_lr=0 weight_decay=0 lambda_schedule=none qa_template=plain "
+     "steps=400 batch_size=32 group_size=8 grad_accum=8 beta=0.001 lr=1e-3 warmup_steps=5 min_lr=0 weight_decay=0 lambda_schedule=none qa_template=plain "
      "guiding_prompt== second_max_length=5"}};
 
 // By the number that a mode has in its column "presets"; 0: it takes none.
