@@ -494,7 +494,7 @@ static const char *grpo_base_(void) {
   return run;
 }
 
-#define GRPO_TINY "grpo arithmetic batch_size=4 group_size=4 eval_problems=20 "
+#define GRPO_TINY "grpo arithmetic batch_size=4 group_size=4 grad_accum=1 beta=0.01 lr=1e-3 eval_problems=20 "
 
 // What makes no difference to the trained bits, and what is close: micro-batches.
 static void test_grpo_same_bits(void) {
@@ -606,11 +606,12 @@ static void test_grpo_learns(void) {
   char from[4096];
   CHECK(program_("", TINY "run_dir=%s steps=300 batch_size=32 lr=4e-3 lambda_schedule=none", test_dir()) == 0, "%s", run_err);
   snprintf(from, sizeof from, "%s", last_run_());
-  CHECK(program_("", "grpo arithmetic init=%s run_dir=%s steps=80 batch_size=16 lr=1e-3 eval_problems=50", from, test_dir()) == 0, "%s", run_err);
+  CHECK(program_("", "grpo arithmetic init=%s run_dir=%s steps=60 batch_size=16 grad_accum=8 lr=1e-3 eval_problems=50", from, test_dir()) == 0, "%s", run_err);
   double before = 0, after = 0;
   for (int i = 1; i <= 5; i++) before += logged_(last_run_(), i, "reward") / 5;
-  for (int i = 76; i <= 80; i++) after += logged_(last_run_(), i, "reward") / 5;
-  CHECK(after > 1.5 * before && after > before + 0.1, "mean reward %.3f at the start, %.3f at the end", before, after);
+  for (int i = 56; i <= 60; i++) after += logged_(last_run_(), i, "reward") / 5;
+  // A mean of 5 x 1024 answers has a standard deviation of 0.007; the rise must be six of a difference.
+  CHECK(after > before + 0.06, "mean reward %.3f at the start, %.3f at the end", before, after);
 }
 
 static void test_grpo_bad_input(void) {
