@@ -89,18 +89,18 @@ UNUSED static void guides_open(Guides *g, const char *prompt, const char *probab
   memset(g, 0, sizeof *g);
   if (is_file(prompt)) guides_read_(g, prompt);
   else guides_add_(g, prompt, strlen(prompt));
-  g->share = (double *)xcalloc((size_t)g->n, sizeof(double));
   int count = g->n;
-  double sum = 0, *p = probabilities[0] ? numbers_read_("guiding_probabilities", probabilities, &count) : NULL;
+  double sum = 0;
+  g->share = probabilities[0] ? numbers_read_("guiding_probabilities", probabilities, &count)
+                              : (double *)xcalloc((size_t)g->n, sizeof(double));
   if (count != g->n)
     die(EXIT_USAGE, "guiding_probabilities: expected one for each of the %d guiding prompts, found %d", g->n, count);
   for (int i = 0; i < g->n; i++) {
-    if (p && p[i] < 0) die(EXIT_USAGE, "guiding_probabilities: expected numbers of at least 0, found %g", p[i]);
-    g->share[i] = sum += p ? p[i] : 1;
+    if (g->share[i] < 0) die(EXIT_USAGE, "guiding_probabilities: expected numbers of at least 0, found %g", g->share[i]);
+    g->share[i] = sum += probabilities[0] ? g->share[i] : 1;
   }
   if (!(sum > 0)) die(EXIT_USAGE, "guiding_probabilities: all of them are 0");
   for (int i = 0; i < g->n; i++) g->share[i] /= sum;
-  free(p);
   if (schedule[0]) {
     double *s = numbers_read_("guiding_schedule", schedule, &g->n_schedule);
     g->schedule = (int *)xcalloc((size_t)g->n_schedule, sizeof(int));

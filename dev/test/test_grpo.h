@@ -373,7 +373,7 @@ typedef struct {
 
 static void child_guides_(void *arg) {
   const GuideCase_ *c = (const GuideCase_ *)arg;
-  Guides g;
+  static Guides g;
   guides_open(&g, c->prompt, c->probabilities, c->schedule);
 }
 
