@@ -38,6 +38,7 @@ UNUSED static size_t test_device_bytes;   // that the CPU's dev_malloc has asked
 #include "dev/test/test_data.h"        // DATA_TESTS
 #include "dev/test/test_eval.h"        // EVAL_TESTS
 #include "dev/test/test_files.h"       // FILES_TESTS
+#include "dev/test/test_grpo.h"        // GRPO_TESTS
 #include "dev/test/test_infer.h"       // INFER_TESTS
 #include "dev/test/test_model.h"       // MODEL_TESTS
 #include "dev/test/test_ops.h"         // OPS_TESTS
@@ -60,6 +61,7 @@ static const Test tests[] = {
   EVAL_TESTS,
   RUN_TESTS,
   CONVERT_TESTS,
+  GRPO_TESTS,
 };
 
 int main(int argc, char **argv) {

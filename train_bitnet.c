@@ -1345,6 +1345,35 @@ void cross_entropy_backward(floatX *logits, const float *lse, const int *targets
   }
 }
 
+/*
+KL(p || q) = sum_v p_v (log p_v - log q_v). With g_v = log p_v - log q_v and dp_v/dz_j = p_v ([v = j] - p_j):
+
+    dKL/dz_j = sum_v dp_v/dz_j (g_v + 1) = p_j (g_j + 1) - p_j sum_v p_v (g_v + 1) = p_j (g_j - KL)
+
+The first pass over the row folds KL in double, because its terms are small and of both signs; the second writes the gradient.
+*/
+void policy_backward(float *kl, floatX *logits, const float *lse, const floatX *ref, const float *ref_lse, const int *targets,
+                     const float *coef, const float *kl_coef, int R, int V) {
+#pragma omp parallel for schedule(static)
+  for (int r = 0; r < R; r++) {
+    float *z = logits + (size_t)r * V, c = coef[r], k = kl_coef[r];
+    const float *q = ref + (size_t)r * V;
+    double sum = 0;
+    kl[r] = 0;
+    if (targets[r] < 0) {
+      memset(z, 0, (size_t)V * sizeof(float));
+      continue;
+    }
+    for (int v = 0; v < V; v++) sum += (double)exp_fast(z[v] - lse[r]) * (double)((z[v] - lse[r]) - (q[v] - ref_lse[r]));
+    kl[r] = (float)sum;
+    for (int v = 0; v < V; v++) {
+      float p = exp_fast(z[v] - lse[r]), g = (z[v] - lse[r]) - (q[v] - ref_lse[r]);
+      z[v] = p * (c + k * (g - kl[r]));
+    }
+    z[targets[r]] -= c;
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // The optimizer.
 

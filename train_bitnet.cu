@@ -2049,6 +2049,37 @@ void cross_entropy_backward(floatX *logits, const float *lse, const int *targets
   LAUNCH_WIDTH(wide, cross_entropy_backward_kernel, (unsigned)R, row_threads(V, wide), 0, logits, lse, targets, coef, V);
 }
 
+template <int W>
+__global__ void policy_backward_kernel(float *kl, floatX *logits, const float *lse, const floatX *ref, const float *ref_lse,
+                                       const int *targets, const float *coef, const float *kl_coef, int V) {
+  size_t r = blockIdx.x;
+  int target = targets[r];
+  float c = coef[r], k = kl_coef[r], log_sum = lse[r], ref_sum = ref_lse[r], sum = 0, z[W], q[W];
+  for (int i = threadIdx.x * W; i < V; i += blockDim.x * W) {
+    load<W>(z, logits + r * V + i);
+    load<W>(q, ref + r * V + i);
+    for (int w = 0; w < W; w++) sum += expf(z[w] - log_sum) * ((z[w] - log_sum) - (q[w] - ref_sum));
+  }
+  float row_kl = block_sum(sum);
+  if (threadIdx.x == 0) kl[r] = target < 0 ? 0.0f : row_kl;
+  for (int i = threadIdx.x * W; i < V; i += blockDim.x * W) {
+    load<W>(z, logits + r * V + i);
+    load<W>(q, ref + r * V + i);
+    for (int w = 0; w < W; w++) {
+      float p = expf(z[w] - log_sum), g = (z[w] - log_sum) - (q[w] - ref_sum);
+      z[w] = target < 0 ? 0.0f : p * (c + k * (g - row_kl)) - (i + w == target ? c : 0.0f);
+    }
+    store<W>(logits + r * V + i, z);
+  }
+}
+
+void policy_backward(float *kl, floatX *logits, const float *lse, const floatX *ref, const float *ref_lse, const int *targets,
+                     const float *coef, const float *kl_coef, int R, int V) {
+  bool wide = V % 8 == 0;
+  LAUNCH_WIDTH(wide, policy_backward_kernel, (unsigned)R, row_threads(V, wide), 0, kl, logits, lse, ref, ref_lse, targets, coef, kl_coef,
+               V);
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // The optimizer.
 

@@ -470,6 +470,7 @@ UNUSED static void checkpoint_tokenizer(Tokenizer *t, const char *path) {
 typedef struct {
   int64_t step;      // finished steps; the next one has this number
   int64_t updates;   // of them applied: the t of AdamW
+  const char *kept;  // for saving: text of the mode (Hooks.keep), or NULL; it is read back with state_kept
 } State;
 
 // Opens the training state of a checkpoint; exit 2 if there is none.
@@ -510,6 +511,16 @@ UNUSED static void state_load(State *s, Model *m, const char *checkpoint) {
   }
   free(host);
   st_close(&f);
+}
+
+// The text that the mode has kept in a checkpoint; NULL if there is none. The caller frees it.
+UNUSED static char *state_kept(const char *checkpoint) {
+  StFile f;
+  state_open_(&f, checkpoint);
+  const char *text = st_metadata(&f, "kept");
+  char *copy = text ? xstrdup(text) : NULL;
+  st_close(&f);
+  return copy;
 }
 
 // Reads the options that a checkpoint was trained with. Returns 0 if it has no training state.
@@ -636,9 +647,9 @@ static int save_state_(const Model *m, const Options *o, const State *s, const c
   snprintf(step, sizeof step, "%lld", (long long)s->step);
   snprintf(updates, sizeof updates, "%lld", (long long)s->updates);
   options_put_json(&options, o, STORED_GROUPS);
-  StMeta metadata[3] = {{"step", step}, {"updates", updates}, {"options", options.data}};
+  StMeta metadata[4] = {{"step", step}, {"updates", updates}, {"options", options.data}, {"kept", s->kept}};
   path_join(path, sizeof path, dir, "training_state.safetensors");
-  int err = st_write(path, entries, n, metadata, ARRAY_LEN(metadata), save_source_, &source);
+  int err = st_write(path, entries, n, metadata, s->kept ? 4 : 3, save_source_, &source);
   strbuf_free(&options);
   free(names);
   free(entries);

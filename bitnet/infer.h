@@ -7,7 +7,7 @@ What it is:  a Session holds the caches of several sequences side by side and fe
              training recomputes.
 What not:    no chat templates and no files; no threads.
 Read before: bitnet/model.h.
-Defines:     Session, session_open, session_free, session_rows, session_logits, session_best, session_forward; RunMemory, run_memory;
+Defines:     Session, session_open, session_free, session_rows, session_logits, session_best, session_logp, session_forward; RunMemory, run_memory;
              Sampler, sample_token; Prompt, generate.
 */
 #ifndef BITNET_INFER_H
@@ -32,6 +32,7 @@ typedef struct {
   floatX *logits;             // [logit_rows,V]
   int *tokens, *seq, *pos;    // [max_rows] on the device
   int *best;                  // [max_rows]
+  float *losses, *lse;        // [logit_rows] of sampled tokens whose log-probability is asked for
   float *host_logits;         // [logit_rows,V]
   Graph graphs[GRAPH_ROWS];   // the pass over n rows is graphs[n-1]
 } Session;
@@ -59,6 +60,8 @@ static void session_layout_(Arena *a, Session *s, int codes_only) {
   s->seq = (int *)take_(a, R * sizeof(int));
   s->pos = (int *)take_(a, R * sizeof(int));
   s->best = (int *)take_(a, R * sizeof(int));
+  s->losses = (float *)take_(a, (size_t)s->logit_rows * sizeof(float));
+  s->lse = (float *)take_(a, (size_t)s->logit_rows * sizeof(float));
 }
 
 // The sizes, and room for the pointers to the caches. Few logits exist at a time: 4 MiB, at least one row.
@@ -205,6 +208,17 @@ UNUSED static void session_best(Session *s, int first, int n, int V, int *best) 
   dev_copy_out(best, s->best, (size_t)n * sizeof(int));
 }
 
+/*
+logp (=) [n] on the host: the log-probabilities of tokens[0..n) (host) under the logits of the last session_logits, whose first n rows
+they belong to. It is the op that training computes its loss with, so these are the bits that training computes from the same weights.
+*/
+UNUSED static void session_logp(Session *s, const int *tokens, int n, float *logp) {
+  dev_copy_in(s->best, tokens, (size_t)n * sizeof(int));
+  cross_entropy_forward(s->losses, s->lse, s->logits, s->best, n, s->m->c.vocab);
+  dev_copy_out(logp, s->losses, (size_t)n * sizeof(float));
+  for (int i = 0; i < n; i++) logp[i] = -logp[i];
+}
+
 // Both in one: the logits [n,V] of n <= logit_rows rows.
 UNUSED static const float *session_forward(Session *s, const int *tokens, const int *seq, const int *pos, int n) {
   session_rows(s, tokens, seq, pos, n);
@@ -277,12 +291,14 @@ typedef struct {
   int *out;             // [max_new] the new tokens, without the end token
   int n_out;            // how many
   int ended;            // 1 if the end token came
+  float *logp;          // [max_new] or NULL: log-probabilities at temperature 1 of the n_out tokens, and behind them of the end token
 } Prompt;
 
 /*
 Continues n prompts at once, greedily or by sampling, by at most max_new tokens each, until the token eos (-1: never) or the end of
-the cache. on_token (or NULL) is called for each new token. All prompts go through the network together, in pieces of max_rows rows;
-then every step feeds one row for each sequence that has not ended. n <= s->sequences. V: the tokenizer's vocabulary.
+the cache. on_token (or NULL) is called for each new token; log-probabilities are for sampling only, and wanted by all prompts or by
+none. All prompts go through the network together, in pieces of max_rows rows; then every step feeds one row for each sequence that
+has not ended. n <= s->sequences. V: the tokenizer's vocabulary.
 */
 UNUSED static void generate(Session *s, const Sampler *sampler, Prompt *prompts, int n, int max_new, int eos, int V,
                             void (*on_token)(void *ctx, int prompt, int token), void *ctx) {
@@ -293,6 +309,7 @@ UNUSED static void generate(Session *s, const Sampler *sampler, Prompt *prompts,
   int *at = (int *)xcalloc((size_t)n, sizeof(int));     // tokens in its cache
   int *next = (int *)xcalloc(cap, sizeof(int));         // the new token of each row that has one
   float *probs = (float *)xcalloc((size_t)V, sizeof(float));
+  float *logp = prompts[0].logp ? (float *)xcalloc(cap, sizeof(float)) : NULL;
   int greedy = s->m->frozen && sampler->temperature <= 0;
   for (int i = 0; i < n; i++) {
     if (prompts[i].n_ids < 1) die(EXIT_USAGE, "an empty prompt: there is no token to continue from");
@@ -339,9 +356,11 @@ UNUSED static void generate(Session *s, const Sampler *sampler, Prompt *prompts,
           next[i] = sample_token(sampler, logits + (size_t)(i - r) * (size_t)s->m->c.vocab, V, prompts[seq[i]].number,
                                  (uint64_t)pos[i], probs);
         }
+        if (logp) session_logp(s, next + r, end - r, logp + r);
       }
       for (; r < end; r++) {
         Prompt *p = &prompts[seq[r]];
+        if (p->logp) p->logp[p->n_out] = logp[r];
         if (next[r] == eos) {
           p->ended = 1;
           continue;
@@ -356,6 +375,7 @@ UNUSED static void generate(Session *s, const Sampler *sampler, Prompt *prompts,
   free(at);
   free(next);
   free(probs);
+  free(logp);
 }
 
 #endif

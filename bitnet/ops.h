@@ -230,6 +230,10 @@ void glu_backward(floatX *dgate_up, float *dgain, floatX *dout, const floatX *ga
 void cross_entropy_forward(float *losses, float *lse, const floatX *logits, const int *targets, int R, int V);
 // logits in place -> dlogits (=) [R,V] = coef[r] * (softmax(logits[r]) - onehot(target)), 0 where target < 0
 void cross_entropy_backward(floatX *logits, const float *lse, const int *targets, const float *coef, int R, int V);
+// The same for a policy p = softmax(logits) that is also held near a reference q = softmax(ref): kl (=) [R] = KL(p || q) of each row, and
+// logits in place -> dlogits (=) coef[r] (p - onehot(target)) + kl_coef[r] dKL/dlogits; all 0 where target < 0. lse, ref_lse as above
+void policy_backward(float *kl, floatX *logits, const float *lse, const floatX *ref, const float *ref_lse, const int *targets,
+                     const float *coef, const float *kl_coef, int R, int V);
 
 // ---- optimizer --------------------------------------------------------------------------------------------
 

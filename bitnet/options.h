@@ -20,6 +20,9 @@ command line. Each value remembers its place, so a message can tell where it cam
 
 // The choices of the options below, in the order of their names in the table.
 enum { LR_COSINE, LR_TWO_STAGE, LR_FAQ, LR_WSD, LR_LINEAR, LR_CONSTANT };
+enum { QA_PLAIN, QA_SEED003, QA_CHATML };
+enum { UNIT_CORRECTION, UNIT_BATCH };
+enum { SECOND_DELTA, SECOND_GROUP };
 enum {
   LAMBDA_WARMUP, LAMBDA_LINEAR, LAMBDA_ACCELERATED, LAMBDA_COSINE, LAMBDA_EXPONENTIAL, LAMBDA_SIGMOID, LAMBDA_STEP, LAMBDA_NONE
 };
@@ -29,8 +32,8 @@ enum {
 enum {
   GROUP_MODEL = 1, GROUP_TRAINING = 2, GROUP_DATA = 4, GROUP_SHARED = 8, GROUP_RUNNING = 16, GROUP_INFERENCE = 32, GROUP_GENERAL = 64,
   GROUP_COMMAND = 128,   // about this one call of the program: never stored
-  GROUP_CONVERT = 256,
-  RESULT_GROUPS = GROUP_MODEL | GROUP_TRAINING | GROUP_DATA | GROUP_SHARED,
+  GROUP_CONVERT = 256, GROUP_GRPO = 512, GROUP_QA = 1024,
+  RESULT_GROUPS = GROUP_MODEL | GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_GRPO | GROUP_QA,
   STORED_GROUPS = RESULT_GROUPS | GROUP_RUNNING   // what a run folder and a checkpoint remember
 };
 
@@ -97,6 +100,31 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(DATA, arith_max, 99, 0, 99999, "arithmetic: largest operand of + and -")                                                      \
   INT(DATA, arith_mul_max, 9, 0, 99999, "arithmetic: largest operand of *")                                                         \
   REAL(DATA, arith_holdout, 0.1, 0.001, 0.9, "arithmetic: fraction of the problems that is never trained on")                       \
+  CHOICE(QA, qa_template, QA_SEED003, "plain|seed003|chatml", "questions: how one becomes a prompt (also: template)")               \
+                                                                                                                                    \
+  INT(GRPO, group_size, 2, 1, 65536, "answers that are sampled for each question and compared with each other")                     \
+  INT(GRPO, max_new, 20, 1, 1 << 20, "most tokens of an answer, its end included (also: max_length)")                               \
+  INT(GRPO, num_iterations, 1, 1, 1000, "updates on each set of answers")                                                           \
+  CHOICE(GRPO, advantage, 0, "group|batch|none|seed003", "what a reward is compared with and divided by")                           \
+  CHOICE(GRPO, loss_type, 0, "seq|token|dr", "mean over answers, mean over tokens, or a constant length")                           \
+  REAL(GRPO, clip_eps, 0.2, 0, 1e9, "a token's probability counts up to 1 +- this times what it was when sampled")                  \
+  REAL(GRPO, clip_eps_high, -1, -1, 1e9, "the same upwards; -1 = clip_eps")                                                         \
+  REAL(GRPO, beta, 0.01, 0, 1e6, "weight of the distance from the model at the start; 0 = no such penalty")                         \
+  CHOICE(GRPO, kl, 0, "full|k3|k2|k1|seed|forward", "how that distance is computed: exactly (full, forward), or one of the estimates")\
+  TEXT(GRPO, reward, "", "exact, f1, numeric, accuracy, arithmetic, or a weighted sum: f1:0.7,exact:0.3; empty: arithmetic or f1")  \
+  INT(GRPO, two_layer, 0, 0, 1, "the model also corrects its answers and learns from the rise of the reward")                       \
+  TEXT(GRPO, guiding_prompt, "Review and correct the answer:", "two_layer: what asks for the correction: a text, or a file of texts (.json or lines)")\
+  TEXT(GRPO, guiding_probabilities, "", "two_layer: how likely each of these texts is, a list or a file; empty: all alike")         \
+  TEXT(GRPO, guiding_schedule, "", "two_layer: indices of the texts that are used in turn, a list or a file; empty: at random")     \
+  CHOICE(GRPO, guiding_schedule_unit, 0, "correction|batch", "two_layer: the schedule goes on with each correction or each step")   \
+  INT(GRPO, augmentation_size, 1, 1, 4096, "two_layer: corrections of each answer")                                                 \
+  INT(GRPO, second_max_length, 20, 1, 1 << 20, "two_layer: most tokens of a correction")                                            \
+  CHOICE(GRPO, second_advantage, 0, "delta|group", "two_layer: the rise of the reward, or as the first layer among the corrections of an answer")\
+  CHOICE(GRPO, verifier_mode, 0, "simple|dynamic|none|strict", "two_layer: which corrections count as improved; none: all are trained")\
+  REAL(GRPO, improvement_threshold, 0.05, -1e9, 1e9, "two_layer: simple, dynamic: the reward must rise by more than this")          \
+  INT(GRPO, buffer_size, 256, 0, 65536, "two_layer: improved corrections that are kept and trained again")                          \
+  INT(GRPO, buffer_age, 50, 0, INT_MAX, "two_layer: for so many steps; 0 = as long as there is room")                               \
+  TEXT(GRPO, csv_log, "", "append a row for every step to this CSV file")                                                           \
                                                                                                                                     \
   INT(SHARED, seed, 1337, 0, INT_MAX, "number that all random choices depend on")                                                   \
   CHOICE(SHARED, precision, 0, "bf16|fp32", "operands of float products; sums are fp32 always")                                     \
@@ -134,7 +162,6 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(INFERENCE, limit, 0, 0, INT_MAX, "eval: only the first records of the file; 0 = all")                                         \
   TEXT(INFERENCE, results, "", "eval: write all scores as JSON to this file")                                                       \
   TEXT(INFERENCE, vs, "", "eval task=qa: a second model that answers the same questions")                                           \
-  CHOICE(INFERENCE, qa_template, 1, "plain|seed003|chatml", "eval task=qa: how a question becomes a prompt")                        \
   INT(INFERENCE, second_pass, 0, 0, 1, "eval task=qa: each model sees its answer and second_prompt, and answers again")             \
   TEXT(INFERENCE, second_prompt, "Review and correct the answer:", "eval task=qa: a text, or a file that holds it")                 \
   INT(INFERENCE, overlap, 0, 0, 1 << 24, "perplexity: tokens of a window that are only context")                                    \
@@ -206,7 +233,7 @@ static const OptionRow option_rows[] = {OPTION_TABLE(INT_, REAL_, TEXT_, CHOICE_
 typedef struct {
   const char *name, *args, *help;   // args: what follows the name on the command line, for --help
   int groups;                       // GROUP_* that it reads
-  int presets, dir;                 // whether it takes a preset, a directory (2: one that may be left out)
+  int presets, dir;                 // which list of presets it takes, whether it takes a directory (2: one that may be left out)
   void (*run)(Options *o);
 } Mode;
 
@@ -216,7 +243,10 @@ static const char *const option_aliases[][2] = {
     {"learning_rate", "lr"}, {"grad_accum_steps", "grad_accum"}, {"grad_checkpoint", "recompute"}, {"rmsnorm_post_attn", "attn_sub_norm"},
     {"base_model", "init"}, {"model_path", "init"}, {"dataset", "data"}, {"output_dir", "run_dir"}, {"out_dir", "run_dir"}, {"run_id", "name"},
     {"save_interval", "save_every"}, {"steps_per_eval", "eval_every"}, {"steps_per_report", "log_every"}, {"max_new_tokens", "n"},
-    {"num_layers", "layers"}, {"hidden_size", "dim"}, {"intermediate_size", "ffn_dim"}, {"vocab_size", "vocab"}};
+    {"log_interval", "log_every"}, {"template", "qa_template"}, {"loss_reduction", "loss_type"}, {"num_layers", "layers"}, {"hidden_size", "dim"}, {"intermediate_size", "ffn_dim"}, {"vocab_size", "vocab"}};
+
+// The same where a name means something else in one mode.
+static const char *const option_mode_aliases[][3] = {{"grpo", "max_length", "max_new"}, {"grpo", "max_completion_length", "max_new"}};
 
 /*
 Presets. The arithmetic recipe was chosen by measurement (dev/LOG.md). The sizes from 125m up follow the published shapes; learning
@@ -249,6 +279,21 @@ static const Preset presets[] = {
      "lambda_schedule=none rope_theta=500000 data="},
     {"7b", "LLaMA 7B shape",
      "dim=4096 layers=32 heads=32 ffn_dim=11008 seq_len=2048 steps=100000 batch_size=1 grad_accum=1953 lr=1e-4 warmup_steps=2000 rope_theta=500000 data="}};
+
+// Presets of the mode grpo, which starts from a model: no shapes.
+static const Preset grpo_presets[] = {
+    {"questions", "questions with answers from a file: data=FILE.jsonl",
+     "data= steps=100 batch_size=1 lr=1e-5 warmup_steps=0 lr_schedule=constant lambda_schedule=none"},
+    {"arithmetic", "sums and differences: a model that was stopped early practises on, by reward alone",
+     "steps=400 batch_size=32 group_size=8 grad_accum=8 beta=0.001 lr=1e-3 warmup_steps=5 min_lr=0 weight_decay=0 lambda_schedule=none qa_template=plain "
+     "guiding_prompt== second_max_length=5"}};
+
+// By the number that a mode has in its column "presets"; 0: it takes none.
+static const struct {
+  const Preset *list;
+  size_t n;
+} preset_lists[] = {{NULL, 0}, {presets, ARRAY_LEN(presets)}, {grpo_presets, ARRAY_LEN(grpo_presets)}};
+
 
 // ---------------------------------------------------------------------------------------------------------
 // Values.
@@ -291,6 +336,8 @@ UNUSED static void options_free(Options *o) {
   memset(o, 0, sizeof *o);
 }
 
+static const char *option_mode_ = "";   // the mode whose command line is read, for option_mode_aliases
+
 // The row of a name as users may write it (dashes for underscores, an alias), or -1.
 UNUSED static int option_find_(const char *name, size_t len) {
   char key[64];
@@ -300,6 +347,9 @@ UNUSED static int option_find_(const char *name, size_t len) {
   const char *real = key;
   for (size_t i = 0; i < ARRAY_LEN(option_aliases); i++) {
     if (strcmp(option_aliases[i][0], key) == 0) real = option_aliases[i][1];
+  }
+  for (size_t i = 0; i < ARRAY_LEN(option_mode_aliases); i++) {
+    if (strcmp(option_mode_aliases[i][0], option_mode_) == 0 && strcmp(option_mode_aliases[i][1], key) == 0) real = option_mode_aliases[i][2];
   }
   for (int i = 0; i < OPTION_COUNT; i++) {
     if (strcmp(option_rows[i].name, real) == 0) return i;
@@ -467,11 +517,19 @@ UNUSED static const char *options_first_difference(const Options *a, const Optio
 // ---------------------------------------------------------------------------------------------------------
 // The command line.
 
-static const Preset *preset_find_(const char *name) {
-  for (size_t i = 0; i < ARRAY_LEN(presets); i++) {
-    if (strcmp(presets[i].name, name) == 0) return &presets[i];
+// The preset of this name in one list, or NULL.
+static const Preset *preset_in_(int list, const char *name) {
+  for (size_t i = 0; i < preset_lists[list].n; i++) {
+    if (strcmp(preset_lists[list].list[i].name, name) == 0) return &preset_lists[list].list[i];
   }
   return NULL;
+}
+
+// The same in all lists.
+UNUSED static const Preset *preset_find_(const char *name) {
+  const Preset *p = NULL;
+  for (size_t k = 0; k < ARRAY_LEN(preset_lists) && p == NULL; k++) p = preset_in_((int)k, name);
+  return p;
 }
 
 // Applies "key=value key=value ..." of a preset; what a stronger source has set stays.
@@ -489,7 +547,8 @@ static void preset_apply_(Options *o, const Preset *p) {
 
 // Prints the table (all of it, or the groups of one mode) to stdout.
 UNUSED static void options_help(const Mode *modes, size_t n_modes, const Mode *mode) {
-  static const char *const titles[] = {"Model", "Training", "Data", "Seed and precision", "Running", "Inference", "General", "This call", "Convert"};
+  static const char *const titles[] = {"Model", "Training", "Data", "Seed and precision", "Running", "Inference", "General", "This call", "Convert",
+                                       "Reinforcement", "Questions"};
   Options o;
   options_defaults(&o);
   printf("usage: ./train_bitnet [MODE] [PRESET | DIR] [key=value | --key=value | --key value]...\n\n");
@@ -498,9 +557,10 @@ UNUSED static void options_help(const Mode *modes, size_t n_modes, const Mode *m
     printf("Modes (without one: pretrain arithmetic)\n");
     for (size_t i = 0; i < n_modes; i++) printf("  %-10s %-36s %s\n", modes[i].name, modes[i].args, modes[i].help);
   }
-  if (mode == NULL || mode->presets) {
-    printf("\nPresets\n");
-    for (size_t i = 0; i < ARRAY_LEN(presets); i++) printf("  %-12s %s\n", presets[i].name, presets[i].about);
+  for (size_t k = 1; k < ARRAY_LEN(preset_lists); k++) {
+    if (mode && mode->presets != (int)k) continue;
+    printf(k == 1 ? "\nPresets\n" : "\nPresets of the mode grpo\n");
+    for (size_t i = 0; i < preset_lists[k].n; i++) printf("  %-12s %s\n", preset_lists[k].list[i].name, preset_lists[k].list[i].about);
   }
   for (int g = 0; g < (int)ARRAY_LEN(titles); g++) {
     if (mode && !((mode->groups | GROUP_GENERAL) & (1 << g))) continue;
@@ -522,12 +582,13 @@ UNUSED static void options_help(const Mode *modes, size_t n_modes, const Mode *m
 
 /*
 Reads the command line into o and returns the mode. Bare words are, in this order: a mode (first word only), a preset, a directory. The
-default mode is modes[0]; a mode with presets and none named takes presets[0], unless resume= or config= was given. Errors exit 2,
+default mode is modes[0]; a mode with presets and none named takes its first, unless resume= or config= was given. Errors exit 2,
 --help prints and exits 0.
 */
 UNUSED static const Mode *options_parse(Options *o, int argc, char **argv, const Mode *modes, size_t n_modes) {
   const Mode *mode = &modes[0];
   const Preset *preset = NULL;
+  option_mode_ = mode->name;
   options_defaults(o);
   for (int i = 1; i < argc; i++) {
     const char *arg = argv[i], *key = arg, *eq = strchr(arg, '=');
@@ -539,18 +600,19 @@ UNUSED static const Mode *options_parse(Options *o, int argc, char **argv, const
       }
       if (named) {
         mode = named;
+        option_mode_ = mode->name;
       } else if (strcmp(arg, "-h") == 0) {
         o->help = 1;
-      } else if (mode->presets && preset == NULL && preset_find_(arg)) {
-        preset = preset_find_(arg);
+      } else if (mode->presets && preset == NULL && preset_in_(mode->presets, arg)) {
+        preset = preset_in_(mode->presets, arg);
       } else if (mode->dir && o->dir[0] == 0) {
         free(o->dir);
         o->dir = xstrdup(arg);
       } else {
-        const char *names[ARRAY_LEN(presets) + 64];
+        const char *names[ARRAY_LEN(presets) + ARRAY_LEN(grpo_presets) + 64];
         size_t n = 0;
         for (size_t k = 0; k < n_modes && k < 64 && i == 1; k++) names[n++] = modes[k].name;
-        for (size_t k = 0; k < ARRAY_LEN(presets) && mode->presets; k++) names[n++] = presets[k].name;
+        for (size_t k = 0; k < preset_lists[mode->presets].n; k++) names[n++] = preset_lists[mode->presets].list[k].name;
         const char *near = nearest_name(arg, names, n);
         die(EXIT_USAGE, "command line: unexpected word '%s'%s%s%s; options are written key=value, --help lists them", arg,
             near ? "; did you mean '" : "", near ? near : "", near ? "'" : "");
@@ -593,13 +655,13 @@ UNUSED static const Mode *options_parse(Options *o, int argc, char **argv, const
     options_from_json(o, doc.root, FROM_FILE, o->config);
     const char *named = json_get_string(doc.root, "preset", "");
     if (preset == NULL && mode->presets && named[0]) {
-      preset = preset_find_(named);
+      preset = preset_in_(mode->presets, named);
       if (preset == NULL) die(EXIT_USAGE, "%s: preset: unknown name '%s'; --help lists them", o->config, named);
     }
     json_free(&doc);
     free(text);
   }
-  if (preset == NULL && mode->presets && o->resume[0] == 0 && o->config[0] == 0) preset = &presets[0];
+  if (preset == NULL && mode->presets && o->resume[0] == 0 && o->config[0] == 0) preset = preset_lists[mode->presets].list;
   if (preset) preset_apply_(o, preset);
   return mode;
 }

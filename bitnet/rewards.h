@@ -286,7 +286,7 @@ UNUSED static int answer_number(const char *text, double *value) {
 
 // 1 if both texts give a number as their answer, and the same one: 7, 007 and 7.00 are equal.
 UNUSED static double reward_numeric(const char *answer, const char *gold) {
-  double a, g;
+  double a = 0, g = 0;
   return answer_number(answer, &a) && answer_number(gold, &g) && a == g;
 }
 

@@ -5,7 +5,7 @@ What it is:  accumulate gradients over micro-batches, clip, update, follow the s
              signals; and the run folder in which all of that leaves its traces.
 What not:    no data and no losses: a mode brings them as Hooks. No arithmetic.
 Read before: bitnet/model.h, bitnet/losses.h, bitnet/optim.h, bitnet/checkpoint.h.
-Defines:     Metrics, Hooks, Trainer, trainer_open, trainer_train, trainer_close; run_open, run_log.
+Defines:     Metrics, Work, Hooks, Trainer, run_check_mode, trainer_open, trainer_train, trainer_close; run_open, run_log.
 
 The run folder RUN = run_dir/<name>_<time>/:
     config.json    the resolved options           log.jsonl    one object per step, and one per evaluation
@@ -33,15 +33,34 @@ from it ends with the same bits as a run that never stopped.
 // What an evaluation finds; NAN where there is nothing to measure.
 typedef struct {
   double val_loss, exact_match;
+  double second_match;   // grpo with two_layer: the score of corrections
 } Metrics;
+
+// The work of one phase of a step.
+typedef struct {
+  int updates;      // how often the optimizer goes over the batches; 0: there is nothing to train
+  int batches;      // micro-batches of an update
+} Work;
 
 // What a mode brings along. ctx is handed back to every function.
 typedef struct {
   void *ctx;
-  // Fills micro-batch number `index` of the run: a pure function of the options and index.
+  // Fills micro-batch number `index` of the run: a pure function of the options and index. With collect: micro-batch `index` of the phase.
   void (*batch)(void *ctx, uint64_t index, Batch *b);
   // Forward and backward of one micro-batch; every loss gradient is weighted by coef. Returns the sum of the losses. NULL: cross-entropy.
   double (*loss)(void *ctx, Model *m, const Batch *b, float coef, float *host_coef);
+  // For modes that make their own data: collects what phase 0, 1, ... of a step learns from, with the model as it is now, quantised
+  // at the step's lambda. Returns 0 if the step has no such phase. NULL: a step is one update with the next grad_accum micro-batches.
+  // A function of step and model alone, so that a resumed run goes on with the same bits. Only here may a step ask for memory.
+  int (*collect)(void *ctx, Model *m, int64_t step, int phase, Work *work);
+  // Appends "key": value members to the step's row in the log, each with a leading comma. NULL: none.
+  void (*report)(void *ctx, StrBuf *json);
+  // Appends a few words to the step's line on the terminal. NULL: none.
+  void (*progress)(void *ctx, StrBuf *text);
+  // Appends text that the mode needs to go on after the finished step; it goes into the checkpoint (state_kept). NULL: nothing.
+  void (*keep)(void *ctx, StrBuf *text);
+  // After each finished step. NULL: nothing.
+  void (*finish)(void *ctx, int64_t step);
   // Measures the model, which is quantised at lambda = 1. NULL: never.
   void (*evaluate)(void *ctx, Model *m, Metrics *out);
   // Appends sample texts; the model is quantised at lambda = 1. NULL: never.
@@ -195,6 +214,23 @@ static void run_cut_log_(const char *path, int64_t step) {
   free(text);
 }
 
+// Exit 2 if the run of this checkpoint was made by another mode, which alone knows how to go on with it.
+UNUSED static void run_check_mode(const Options *o, const char *checkpoint) {
+  char run[3072], path[4096], err[200];
+  size_t len;
+  JsonDoc doc;
+  checkpoint_run(run, sizeof run, checkpoint);
+  path_join(path, sizeof path, run, "config.json");
+  char *text = read_file(path, &len);
+  if (text && json_parse(&doc, text, len, err, sizeof err)) {
+    const char *mode = json_get_string(doc.root, "mode", o->mode);
+    if (strcmp(mode, o->mode) != 0)
+      die(EXIT_USAGE, "%s is a run of the mode %s: go on with ./train_bitnet %s resume=%s", run, mode, mode, o->resume);
+    json_free(&doc);
+  }
+  free(text);
+}
+
 // Appends one line to log.jsonl. A full disk must not end a training run here; saving a checkpoint will report it.
 static void run_log_(Trainer *t, const StrBuf *line) {
   fwrite(line->data, 1, line->len, t->log);
@@ -266,7 +302,7 @@ UNUSED static void trainer_open(Trainer *t, const Options *o, const Hooks *hooks
   t->tok = tok;
   t->schedule = schedule_from_options(o);
   t->lambda_ramp = lambda_ramp_steps(o);
-  t->last.val_loss = t->last.exact_match = NAN;
+  t->last.val_loss = t->last.exact_match = t->last.second_match = NAN;
   t->batches = (Batch *)xcalloc((size_t)o->grad_accum, sizeof(Batch));
   for (int i = 0; i < o->grad_accum; i++) batch_alloc(&t->batches[i], m->B, m->T);
   t->host_coef = (float *)xcalloc((size_t)m->R, sizeof(float));
@@ -296,52 +332,79 @@ UNUSED static void trainer_close(Trainer *t) {
 // ---------------------------------------------------------------------------------------------------------
 // The loop.
 
-// What one update reports.
+// What one step reports.
 typedef struct {
   double loss, lambda, lr, grad_norm, seconds;
   size_t tokens;
-  int skipped;
+  int updates, skipped;
 } StepReport;
 
 /*
-One update. All micro-batches are drawn first, because the loss is the mean over the valid targets of the whole window: gradients
-are weighted by 1 / (number of targets) from the start, and two half batches give what one whole batch gives.
-A gradient that is not finite is not applied: one bad step must not destroy the parameters.
+One update from `batches` micro-batches. All are drawn first, because the loss is the mean over the valid targets of the whole window:
+gradients are weighted by 1 / (number of targets) from the start, and two half batches give what one whole batch gives. Batches that a
+mode has collected lie ready in the mode, which knows their number of targets; they pass through one buffer.
+A gradient that is not finite is not applied: one bad update must not destroy the parameters.
 */
-static StepReport train_step_(Trainer *t) {
+static void update_(Trainer *t, StepReport *r, int batches, int collected) {
   const Options *o = t->o;
   Model *m = t->m;
-  StepReport r;
   int64_t step = t->state.step;
   size_t targets = 0;
-  double t0 = time_now();
-  memset(&r, 0, sizeof r);
-  alloc_guard = 1;
-  r.lambda = lambda_at(o->lambda_schedule, step, o->steps, t->lambda_ramp, o->lambda_k);
-  r.lr = lr_at(&t->schedule, step);
-  for (int i = 0; i < o->grad_accum; i++) {
+  double loss = 0;
+  for (int i = 0; i < batches && !collected; i++) {
     t->hooks->batch(t->hooks->ctx, (uint64_t)step * (uint64_t)o->grad_accum + (uint64_t)i, &t->batches[i]);
     targets += t->batches[i].n_targets;
   }
   float coef = targets ? (float)(1.0 / (double)targets) : 0.0f;
-  model_quantize(m, (float)r.lambda);
+  model_quantize(m, (float)r->lambda);
   dev_zero(m->grads, m->table.floats * sizeof(float));
-  for (int i = 0; i < o->grad_accum; i++) {
-    m->noise = rng_u64((uint64_t)o->seed, RNG_ROUND, (uint64_t)step * (uint64_t)o->grad_accum + (uint64_t)i);
-    if (t->hooks->loss) r.loss += t->hooks->loss(t->hooks->ctx, m, &t->batches[i], coef, t->host_coef);
-    else r.loss += batch_loss(m, &t->batches[i], coef, t->host_coef, 1);
+  for (int i = 0; i < batches; i++) {
+    Batch *b = &t->batches[collected ? 0 : i];
+    if (collected) t->hooks->batch(t->hooks->ctx, (uint64_t)i, b);
+    m->noise = rng_u64((uint64_t)o->seed, RNG_ROUND, (uint64_t)t->state.updates << 24 | (uint64_t)i);
+    if (t->hooks->loss) loss += t->hooks->loss(t->hooks->ctx, m, b, coef, t->host_coef);
+    else loss += batch_loss(m, b, coef, t->host_coef, 1);
   }
-  r.loss = targets ? r.loss / (double)targets : 0.0;
-  r.grad_norm = grad_norm(m);
-  r.skipped = !isfinite(r.loss) || !isfinite(r.grad_norm);
-  if (!r.skipped) {
+  if (!collected) loss = targets ? loss / (double)targets : 0.0;
+  double norm = grad_norm(m);
+  if (!isfinite(loss) || !isfinite(norm)) {
+    r->skipped = 1;
+  } else {
     t->state.updates++;
-    adamw_step(m, (float)clip_scale(r.grad_norm, o->grad_clip), r.lr, wd_at(&t->schedule, step), o->beta1, o->beta2, o->eps,
+    adamw_step(m, (float)clip_scale(norm, o->grad_clip), r->lr, wd_at(&t->schedule, step), o->beta1, o->beta2, o->eps,
                t->state.updates);
   }
+  r->tokens += (size_t)batches * (size_t)m->R;
+  // Of several updates the first one's loss and the largest norm are shown; a number that is not finite stays.
+  if (r->updates++ == 0) r->loss = loss;
+  else if (r->skipped && !isfinite(loss)) r->loss = loss;
+  if (!(norm <= r->grad_norm)) r->grad_norm = norm;
+}
+
+// One step: one update, or what the mode collects. Within an update no memory is asked for.
+static StepReport train_step_(Trainer *t) {
+  const Options *o = t->o;
+  const Hooks *h = t->hooks;
+  StepReport r;
+  double t0 = time_now();
+  memset(&r, 0, sizeof r);
+  r.lambda = lambda_at(o->lambda_schedule, t->state.step, o->steps, t->lambda_ramp, o->lambda_k);
+  r.lr = lr_at(&t->schedule, t->state.step);
+  if (h->collect == NULL) {
+    alloc_guard = 1;
+    update_(t, &r, o->grad_accum, 0);
+    alloc_guard = 0;
+  } else {
+    for (int phase = 0;; phase++) {
+      Work work = {0, 0};
+      model_quantize(t->m, (float)r.lambda);
+      if (!h->collect(h->ctx, t->m, t->state.step, phase, &work)) break;
+      alloc_guard = 1;
+      for (int i = 0; i < work.updates && !r.skipped; i++) update_(t, &r, work.batches, 1);
+      alloc_guard = 0;
+    }
+  }
   t->state.step++;
-  alloc_guard = 0;
-  r.tokens = (size_t)o->grad_accum * (size_t)m->R;
   r.seconds = time_now() - t0;
   return r;
 }
@@ -400,16 +463,19 @@ static void put_spark_(char *out, const double *spark) {
 static void show_progress_(Trainer *t, const StepReport *r) {
   int tty = isatty(2);
   char eta[32], curve[4 * SPARK + 1] = "";
+  StrBuf more = {NULL, 0, 0};
   double *bar = &t->spark[(t->state.step - 1) * SPARK / t->o->steps];
   *bar = isnan(*bar) || !isfinite(r->loss) ? r->loss : 0.9 * *bar + 0.1 * r->loss;
   if (tty) put_spark_(curve, t->spark);
+  if (t->hooks->progress) t->hooks->progress(t->hooks->ctx, &more);
   t->window_steps++;
   double per_step = (time_now() - t->window_began) / (double)t->window_steps;
   put_duration_(eta, sizeof eta, per_step * (double)(t->o->steps - t->state.step));
-  fprintf(stderr, "%sstep %*lld/%d  loss %8.4f  lambda %.3f  lr %.2e  norm %7.3f  %6.0f ms  %7.0f tok/s  ETA %-8s%s%s%s",
+  fprintf(stderr, "%sstep %*lld/%d  loss %8.4f  lambda %.3f  lr %.2e  norm %7.3f  %6.0f ms  %7.0f tok/s  ETA %-8s%s%s%s%s",
           tty ? "\r" : "", snprintf(NULL, 0, "%d", t->o->steps), (long long)t->state.step, t->o->steps, r->loss, r->lambda, r->lr,
-          r->grad_norm, r->seconds * 1e3, (double)r->tokens / r->seconds, eta, curve, r->skipped ? "  SKIPPED: not finite" : "",
+          r->grad_norm, r->seconds * 1e3, (double)r->tokens / r->seconds, eta, more.data ? more.data : "", curve, r->skipped ? "  SKIPPED: not finite" : "",
           tty ? "" : "\n");
+  strbuf_free(&more);
   t->line_open = tty;
   if (t->window_steps >= 50) {   // the ETA follows the last steps, not the whole run
     t->window_began = time_now();
@@ -438,6 +504,7 @@ static void log_step_(Trainer *t, const StepReport *r) {
       json_put_number(&b, flips);
     }
   }
+  if (t->hooks->report) t->hooks->report(t->hooks->ctx, &b);
   strbuf_printf(&b, "%s}\n", r->skipped ? ", \"skipped\": true" : "");
   run_log_(t, &b);
   strbuf_free(&b);
@@ -447,7 +514,7 @@ static void log_step_(Trainer *t, const StepReport *r) {
 static int evaluate_(Trainer *t) {
   if (t->hooks->evaluate == NULL) return 0;
   model_quantize(t->m, 1.0f);
-  t->last.val_loss = t->last.exact_match = NAN;
+  t->last.val_loss = t->last.exact_match = t->last.second_match = NAN;
   t->hooks->evaluate(t->hooks->ctx, t->m, &t->last);
   return !isnan(t->last.val_loss) || !isnan(t->last.exact_match);
 }
@@ -464,11 +531,16 @@ static void evaluate_and_log_(Trainer *t) {
     strbuf_printf(&b, ", \"exact_match\": ");
     json_put_number(&b, t->last.exact_match);
   }
+  if (!isnan(t->last.second_match)) {
+    strbuf_printf(&b, ", \"second_match\": ");
+    json_put_number(&b, t->last.second_match);
+  }
   strbuf_printf(&b, "}\n");
   run_log_(t, &b);
   end_line_(t);
   fprintf(stderr, "evaluation at step %lld, lambda = 1: val_loss %.4f", (long long)t->state.step, t->last.val_loss);
   if (!isnan(t->last.exact_match)) fprintf(stderr, ", exact_match %.4f", t->last.exact_match);
+  if (!isnan(t->last.second_match)) fprintf(stderr, ", corrected %.4f", t->last.second_match);
   fprintf(stderr, "\n");
   strbuf_free(&b);
 }
@@ -491,6 +563,16 @@ static void sample_(Trainer *t) {
   strbuf_free(&b);
 }
 
+// A checkpoint of the state after the last finished step.
+static void save_(Trainer *t) {
+  StrBuf kept = {NULL, 0, 0};
+  if (t->hooks->keep) t->hooks->keep(t->hooks->ctx, &kept);
+  t->state.kept = kept.data;
+  checkpoint_save(t->m, t->tok, t->o, &t->state, t->run);
+  t->state.kept = NULL;
+  strbuf_free(&kept);
+}
+
 static int due_(int every, int64_t step) {
   return every > 0 && step % every == 0;
 }
@@ -507,6 +589,7 @@ UNUSED static void trainer_train(Trainer *t) {
   while (t->state.step < end && !stop_requested) {
     StepReport r = train_step_(t);
     int64_t step = t->state.step;
+    if (t->hooks->finish) t->hooks->finish(t->hooks->ctx, step);
     show_progress_(t, &r);
     if (r.skipped || step % o->log_every == 0 || step == o->steps) log_step_(t, &r);
     t->skips = r.skipped ? t->skips + 1 : 0;
@@ -524,14 +607,14 @@ UNUSED static void trainer_train(Trainer *t) {
     }
     if (due_(o->sample_every, step)) sample_(t);
     if (due_(o->save_every, step) && step < end) {
-      checkpoint_save(t->m, t->tok, o, &t->state, t->run);
+      save_(t);
       saved = step;
     }
   }
   int finished = t->state.step >= o->steps, interrupted = stop_requested;
   end_line_(t);
   if (t->state.step < end) fprintf(stderr, "stopping after step %lld\n", (long long)t->state.step);
-  if (saved != t->state.step) checkpoint_save(t->m, t->tok, o, &t->state, t->run);
+  if (saved != t->state.step) save_(t);
   if (finished && !interrupted) {
     if (evaluated != t->state.step) evaluate_and_log_(t);
     if (!due_(o->sample_every, t->state.step)) sample_(t);

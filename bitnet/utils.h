@@ -149,7 +149,8 @@ enum {
   RNG_DATA = 2,     // training problems and shard order
   RNG_SAMPLE = 3,   // text sampling: counter = sequence << 32 | position
   RNG_ROUND = 4,    // stochastic rounding
-  RNG_TEST = 5
+  RNG_TEST = 5,
+  RNG_GUIDE = 6     // which guiding prompt a correction gets: counter = its number
 };
 
 UNUSED static uint64_t rng_mix_(uint64_t z) {

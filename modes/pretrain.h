@@ -168,6 +168,7 @@ UNUSED static void mode_pretrain(Options *o) {
   if (o->resume[0] && o->init[0]) die(EXIT_USAGE, "resume= goes on with a run, init= starts a new one from a model; give one of them");
   if (o->resume[0]) {
     checkpoint_path(from, sizeof from, o->resume);
+    run_check_mode(o, from);
     checkpoint_resume_options(o, from);
   } else if (o->init[0]) {
     checkpoint_path(from, sizeof from, o->init);

@@ -776,6 +776,30 @@ static void test_cross_entropy(void) {
   CHECK(fabsf(losses.out()[0] - 1.3132617f) < 1e-5f, "loss %g", losses.out()[0]);
 }
 
+static void test_policy(void) {
+  const int shapes[][2] = {{7, 40}, {3, 37}, {2, 9001}, {2, 9000}};
+  for (const int *s : shapes) {
+    int R = s[0], V = s[1];
+    Floats logits = activations((size_t)R * V, 2), ref = activations((size_t)R * V, 2), coef = randoms((size_t)R, 1),
+           kl_coef = randoms((size_t)R, 1), losses((size_t)R), lse((size_t)R), ref_lse((size_t)R), want_kl((size_t)R), want = logits;
+    Ints targets = integers((size_t)R, V);
+    targets[1] = -1;
+    cpu::cross_entropy_forward(losses.data(), lse.data(), logits.data(), targets.data(), R, V);
+    cpu::cross_entropy_forward(losses.data(), ref_lse.data(), ref.data(), targets.data(), R, V);
+    Act g(logits), q(ref);
+    Dev<int> gt(targets);
+    Dev<float> gc(coef), gk(kl_coef), gl(lse), gr(ref_lse), kl((size_t)R);
+    policy_backward(kl.p, g.p, gl.p, q.p, gr.p, gt.p, gc.p, gk.p, R, V);
+    cpu::policy_backward(want_kl.data(), want.data(), lse.data(), ref.data(), ref_lse.data(), targets.data(), coef.data(),
+                         kl_coef.data(), R, V);
+    close_f32("kl", kl.out(), want_kl);
+    Floats got = g.out();
+    got.insert(got.end(), coef.begin(), coef.end());   // errors are relative to the coefficients
+    want.insert(want.end(), coef.begin(), coef.end());
+    close_act("dlogits", got, want);
+  }
+}
+
 static void test_optimizer(void) {
   const size_t sizes[] = {1, 37, 4096, 20001};
   for (size_t n : sizes) {
@@ -1053,6 +1077,7 @@ static const Test TESTS[] = {
     {"attention_cached", "against the CPU, and the bits of training", test_attention_cached},
     {"glu", "both gates, with and without norm", test_glu},
     {"cross_entropy", "losses, gradients, ignored rows", test_cross_entropy},
+    {"policy", "penalty and gradient of a policy near a reference", test_policy},
     {"optimizer", "sum of squares, AdamW", test_optimizer},
     {"graph", "recorded ops, new contents, moved scratch", test_graph},
     {"rows_alone", "a row's bits do not depend on the rows beside it", test_rows_alone},

@@ -124,7 +124,7 @@ static void glu_quant_recorded(QAct *out, double *rstd, const double *gate_up, c
 #define act_quant_forward act_quant_recorded
 #define rmsnorm_quant_forward rmsnorm_quant_recorded
 #define glu_quant_forward glu_quant_recorded
-#include "../../bitnet/losses.h"   // and bitnet/model.h
+#include "../../bitnet/policy.h"   // and bitnet/losses.h, bitnet/model.h
 #undef act_quant_forward
 #undef rmsnorm_quant_forward
 #undef glu_quant_forward
@@ -666,6 +666,129 @@ static void test_model_recompute(void) {
   check_model(CONVERTED_STYLE, 0, 1);
 }
 
+// ---------------------------------------------------------------------------------------------------------
+// The policy's loss, from the classifier's input on.
+
+// in[0]: logits, in[1]: the reference's; weight: coefficients of the token's loss, kl_weight: of the penalty.
+typedef struct {
+  Op o;
+  double *ref_lse, *kl, *kl_weight;
+} PolicyOp;
+
+static double f_policy(void *arg) {
+  PolicyOp *p = (PolicyOp *)arg;
+  Op *o = &p->o;
+  static const double zeros[R_];
+  double *scratch = copy_of(o->in[0], R_ * V_);
+  cross_entropy_forward(o->out, o->aux, scratch, o->ints, R_, V_);
+  policy_backward(p->kl, scratch, o->aux, o->in[1], p->ref_lse, o->ints, zeros, zeros, R_, V_);
+  free(scratch);
+  return dot(o->out, o->weight, R_) + dot(p->kl, p->kl_weight, R_);
+}
+
+static void test_policy_op(void) {
+  static const int targets[R_] = {0, 12, -1, 4, 4, -100, 7};
+  PolicyOp p;
+  Op *o = &p.o;
+  memset(&p, 0, sizeof p);
+  o->in[0] = normals(R_ * V_, 0, 2);
+  o->in[1] = normals(R_ * V_, 0, 2);
+  o->out = filled(R_, NAN);
+  o->aux = filled(R_, NAN);
+  o->weight = normals(R_, 0, 1);
+  o->ints = (int *)memcpy(xmalloc(sizeof targets), targets, sizeof targets);
+  p.ref_lse = filled(R_, NAN);
+  p.kl = filled(R_, NAN);
+  p.kl_weight = normals(R_, 0, 1);
+  cross_entropy_forward(o->out, p.ref_lse, o->in[1], o->ints, R_, V_);
+  f_policy(&p);
+  for (int r = 0; r < R_; r++) CHECK(targets[r] < 0 ? p.kl[r] == 0 : p.kl[r] > 0, "KL of row %d: %g", r, p.kl[r]);
+  double *dlogits = copy_of(o->in[0], R_ * V_);
+  policy_backward(p.kl, dlogits, o->aux, o->in[1], p.ref_lse, o->ints, o->weight, p.kl_weight, R_, V_);
+  check_gradient("dlogits", o->in[0], dlogits, R_ * V_, f_policy, &p, 1e-3, OP_BOUND);
+  free(dlogits);
+  free(p.ref_lse);
+  free(p.kl);
+  free(p.kl_weight);
+  free_op(o);
+}
+
+typedef struct {
+  Model *m, *ref;
+  PolicyLoss loss;
+  PolicyRows rows;
+  double *coef;
+  PolicyStats stats;
+} PolicyCase;
+
+static double f_head_policy(void *arg) {
+  PolicyCase *p = (PolicyCase *)arg;
+  memset(&p->stats, 0, sizeof p->stats);
+  head_policy(p->m, p->ref, &p->loss, &p->rows, p->coef, &p->stats, 0);
+  return p->stats.loss;
+}
+
+/*
+Every estimate of the penalty under every reduction, with tokens on both sides of the clipping range and advantages of both signs. The loss
+has a bend at each end of the range; the fixed seed puts no token there.
+*/
+static void test_policy_head(void) {
+  static const size_t lengths[3] = {5, 3, 2};   // of three answers
+  Config c = tiny_config(BITNET_STYLE);
+  Model m, ref;
+  PolicyCase p;
+  open_tiny(&m, &c, 0);
+  open_tiny(&ref, &c, 0);
+  for (size_t i = 0; i < ref.table.floats; i++) ref.params[i] += 0.2 * rng_normal(9, RNG_TEST, i);
+  model_quantize(&m, 0);
+  model_forward(&m);
+  model_quantize(&ref, 0);
+  model_forward(&ref);
+  memset(&p, 0, sizeof p);
+  p.m = &m;
+  p.ref = &ref;
+  p.coef = filled(BT_, 0);
+  double *logp = filled(BT_, 0);
+  p.rows.weight = filled(BT_, 0);
+  p.rows.advantage = normals(BT_, 0, 1);
+  p.rows.old_logp = normals(BT_, 0, 0.3);
+  p.rows.ref_logp = filled(BT_, 0);
+  p.rows.copies = filled(BT_, 1);
+  policy_logp(&ref, p.rows.ref_logp);
+  policy_logp(&m, logp);
+  for (int i = 0; i < BT_; i++) p.rows.old_logp[i] += logp[i];
+  for (int reduction = REDUCE_SEQ; reduction <= REDUCE_DR; reduction++) {
+    for (int kl = KL_FULL; kl <= KL_SEED; kl++) {
+      char name[64];
+      snprintf(name, sizeof name, "dfinal, reduction %d, penalty %d", reduction, kl);
+      p.loss.clip_low = 0.2;
+      p.loss.clip_high = 0.28;
+      p.loss.beta = 0.7;
+      p.loss.kl = kl;
+      for (int i = 0, answer = 0, at = 0; i < BT_; i++) {
+        p.rows.weight[i] = m.targets[i] < 0 ? 0 : policy_weight(reduction, lengths[answer], 3, 10, 7);
+        if (m.targets[i] >= 0 && ++at == (int)lengths[answer]) answer++, at = 0;
+      }
+      memset(&p.stats, 0, sizeof p.stats);
+      head_policy(&m, &ref, &p.loss, &p.rows, p.coef, &p.stats, 1);
+      CHECK(p.stats.tokens == 10 && p.stats.clipped >= 2 && p.stats.clipped <= 8, "%g tokens, %g of them clipped", p.stats.tokens,
+            p.stats.clipped);
+      double *dfinal = copy_of(m.dfinal, BT_ * (size_t)c.dim);
+      check_gradient(name, m.final, dfinal, BT_ * (size_t)c.dim, f_head_policy, &p, 1e-4, 1e-8);
+      free(dfinal);
+    }
+  }
+  free(logp);
+  free(p.coef);
+  free(p.rows.weight);
+  free(p.rows.advantage);
+  free(p.rows.old_logp);
+  free(p.rows.ref_logp);
+  free(p.rows.copies);
+  model_free(&m);
+  model_free(&ref);
+}
+
 static const Test tests[] = {
   {"embedding", "dwte", test_embedding},
   {"rmsnorm", "dx, dgain", test_rmsnorm},
@@ -677,6 +800,8 @@ static const Test tests[] = {
   {"long_attention", "dqkv over several blocks of keys", test_long_attention},
   {"glu", "dgate_up, dgain: relu2, silu, with and without norm", test_glu},
   {"cross_entropy", "dlogits with coefficients and ignored targets", test_cross_entropy},
+  {"policy_op", "dlogits of a policy near a reference", test_policy_op},
+  {"policy_head", "the clipped objective: every penalty, every reduction", test_policy_head},
   {"model_float", "all parameters of three models at lambda = 0", test_model_float},
   {"model_straight_through", "all parameters at lambda = 1 and 0.3, rounding errors held", test_model_straight_through},
   {"model_recompute", "the same with recomputed activations", test_model_recompute},
