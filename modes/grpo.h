@@ -891,7 +891,7 @@ UNUSED static void mode_grpo(Options *o) {
     return;
   }
   model_load(&m, from, o->precision);
-  m.dx_int8 = o->dx_int8;
+  m.dx_int8 = o->dx_int8 && o->precision == PRECISION_BF16;
   model_alloc_training(&m, rows, o->seq_len, o->recompute, 1);
   if (o->beta > 0) {
     load_to_run(&ref, start, o->precision, 1);

@@ -193,7 +193,7 @@ UNUSED static void mode_pretrain(Options *o) {
       model_open(&m, &c, o->precision);
       model_init_random(&m, (uint64_t)o->seed);
     }
-    m.dx_int8 = o->dx_int8;
+    m.dx_int8 = o->dx_int8 && o->precision == PRECISION_BF16;
     model_alloc_training(&m, o->batch_size, o->seq_len, o->recompute, codes_only);
     memset(&p, 0, sizeof p);
     p.o = o;
