@@ -23,12 +23,10 @@ Defines:     mode_eval_qa.
 #include "../bitnet/rewards.h"
 #include "chat.h"
 #include "eval_tasks.h"
+#include "question.h"
 
 enum { QA_SEQUENCES = 32, QA_ROWS = 256, QA_RESAMPLES = 5000 };
 enum { RNG_RESAMPLE = 64 };   // stream of the bootstrap: counter = resample << 32 | item
-
-// The choices of the option qa_template.
-enum { EVAL_PLAIN, EVAL_SEED003, EVAL_CHATML };
 
 enum {
   QA_F1, QA_EXACT, QA_ACCURACY, QA_REASONING_F1, QA_STEPS, QA_F1_2, QA_EXACT_2, QA_ACCURACY_2, QA_I2C, QA_C2I, QA_METRICS
@@ -43,50 +41,6 @@ typedef struct {
   double value[QA_METRICS];
   char *first, *second;   // the answers; second is NULL without a second pass
 } QaScore;
-
-// ---------------------------------------------------------------------------------------------------------
-// Prompts.
-
-// A text of the template itself: words that the tokenizer knows as special tokens become those.
-static void put_template_(Ids *x, const Tokenizer *t, const char *text) {
-  size_t len = strlen(text), n = tokenizer_encode_marks(t, text, len, NULL, 0);
-  int *ids = (int *)xmalloc((n + 1) * sizeof(int));
-  tokenizer_encode_marks(t, text, len, ids, n);
-  for (size_t i = 0; i < n; i++) ids_put_(x, ids[i]);
-  free(ids);
-}
-
-/*
-The ids of a prompt into x. first = NULL: the question alone; otherwise the second pass, with the first answer and what to do with it.
-    plain      query                                  query first guide
-    seed003    <user>query</user><assistant>          <user>query<think>first</think>guide</user><assistant>
-    chatml     the user's turn                        and an assistant's turn with the first answer, a line end and guide
-*/
-static void qa_prompt_(Ids *x, const Tokenizer *t, int form, const char *query, const char *first, const char *guide) {
-  x->n = 0;
-  if (t->add_bos && t->bos_id >= 0) ids_put_(x, t->bos_id);
-  if (form == EVAL_CHATML) {
-    put_turn_(x, t, TEMPLATE_CHATML, "user", query);
-    if (first) {
-      StrBuf both = {NULL, 0, 0};
-      strbuf_printf(&both, "%s\n%s", first, guide);
-      put_turn_(x, t, TEMPLATE_CHATML, "assistant", both.data);
-      strbuf_free(&both);
-    }
-    put_turn_mark_(x, t, TEMPLATE_CHATML, "assistant", 1);
-    return;
-  }
-  int marks = form == EVAL_SEED003;
-  if (marks) put_template_(x, t, "<user>");
-  ids_put_text_(x, t, query);
-  if (first) {
-    if (marks) put_template_(x, t, "<think>");
-    ids_put_text_(x, t, first);
-    if (marks) put_template_(x, t, "</think>");
-    ids_put_text_(x, t, guide);
-  }
-  if (marks) put_template_(x, t, "</user><assistant>");
-}
 
 // ---------------------------------------------------------------------------------------------------------
 // Answers.
@@ -106,12 +60,12 @@ static void qa_fit_(QaRun *r, Ids *x, size_t i, const char *first) {
   const QaItem *item = &r->set->items[i];
   const Tokenizer *t = &r->speaker->tok;
   int most = r->speaker->m.c.max_seq, new_tokens = r->o->n < most / 2 ? r->o->n : most / 2, cut = 0;
-  qa_prompt_(x, t, r->o->qa_template, item->query, first, r->guide);
+  question_prompt(x, t, r->o->qa_template, item->query, first, r->guide);
   while (first && *first && x->n + (size_t)new_tokens > (size_t)most) {
     size_t over = x->n + (size_t)new_tokens - (size_t)most, len = strlen(first);   // a token has at least about a byte
     first += over < len ? over : len;
     while (((unsigned char)*first & 0xC0) == 0x80) first++;
-    qa_prompt_(x, t, r->o->qa_template, item->query, first, r->guide);
+    question_prompt(x, t, r->o->qa_template, item->query, first, r->guide);
     cut = 1;
   }
   r->cut += (size_t)cut;
@@ -124,7 +78,7 @@ static void qa_fit_(QaRun *r, Ids *x, size_t i, const char *first) {
 static void qa_answers_(QaRun *r, QaScore *scores, int second) {
   Speaker *s = r->speaker;
   Session session;
-  int capacity = 0, end = r->o->qa_template == EVAL_CHATML ? mark_id_(&s->tok, "<|im_end|>") : s->tok.eos_id;
+  int capacity = 0, end = r->o->qa_template == QA_CHATML ? mark_id_(&s->tok, "<|im_end|>") : s->tok.eos_id;
   Ids *x = (Ids *)xcalloc(r->n, sizeof(Ids));
   for (size_t i = 0; i < r->n; i++) {
     qa_fit_(r, &x[i], i, second ? scores[i].first : NULL);
@@ -186,7 +140,7 @@ static QaScore *qa_model_(const Options *o, char *dir, const QaSet *set, size_t 
   size_t len = 0;
   copy.dir = dir;
   speaker_open(&speaker, &copy, (float)o->lambda);
-  if (o->qa_template == EVAL_CHATML && template_of_(&speaker.tok) != TEMPLATE_CHATML)
+  if (o->qa_template == QA_CHATML && template_of_(&speaker.tok) != TEMPLATE_CHATML)
     die(EXIT_USAGE, "qa_template=chatml: the tokenizer of %s has no <|im_start|> and <|im_end|>", dir);
   if (is_file(o->second_prompt)) {
     r.guide = read_file(o->second_prompt, &len);

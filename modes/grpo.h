@@ -24,6 +24,7 @@ samples augmentation_size corrections. How much the reward rises is the correcti
 #include "../bitnet/trainer.h"
 #include "chat.h"
 #include "pretrain.h"
+#include "question.h"
 
 // ---------------------------------------------------------------------------------------------------------
 // Rewards: a weighted mean of rules.
@@ -77,53 +78,6 @@ static double rules_score_(const RewardRules *r, const char *query, const char *
                                                   : 0);
   }
   return score;
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// Prompts.
-
-// Text of a template: its marks become special tokens where the tokenizer has them.
-static void ids_put_marks_(Ids *x, const Tokenizer *t, const char *text) {
-  int ids[256];
-  size_t n = tokenizer_encode_marks(t, text, strlen(text), ids, ARRAY_LEN(ids));
-  for (size_t i = 0; i < n && i < ARRAY_LEN(ids); i++) ids_put_(x, ids[i]);
-}
-
-/*
-The ids of a question as the model sees it; with guide, of the second pass over a first answer. In what people and models wrote, special
-tokens are plain text.
-
-              first pass                        second pass
-    plain     {query}                           {query}{answer}{guide}
-    seed003   <user>{query}</user><assistant>   <user>{query}<think>{answer}</think>{guide}</user><assistant>
-    chatml    a turn of the user; the           the same with a turn of the assistant between them, which holds the
-              assistant's turn is opened        answer, a line end and the guide
-*/
-static void question_prompt_(Ids *x, const Tokenizer *t, int template_, const char *query, const char *answer, const char *guide) {
-  x->n = 0;
-  if (t->add_bos && t->bos_id >= 0) ids_put_(x, t->bos_id);
-  if (template_ == QA_CHATML) {
-    put_turn_(x, t, TEMPLATE_CHATML, "user", query);
-    if (guide) {
-      put_turn_mark_(x, t, TEMPLATE_CHATML, "assistant", 1);
-      ids_put_text_(x, t, answer);
-      ids_put_text_(x, t, "\n");
-      ids_put_text_(x, t, guide);
-      put_turn_mark_(x, t, TEMPLATE_CHATML, "assistant", 0);
-    }
-    put_turn_mark_(x, t, TEMPLATE_CHATML, "assistant", 1);
-    return;
-  }
-  int marks = template_ == QA_SEED003;
-  if (marks) ids_put_marks_(x, t, "<user>");
-  ids_put_text_(x, t, query);
-  if (guide) {
-    if (marks) ids_put_marks_(x, t, "<think>");
-    ids_put_text_(x, t, answer);
-    if (marks) ids_put_marks_(x, t, "</think>");
-    ids_put_text_(x, t, guide);
-  }
-  if (marks) ids_put_marks_(x, t, "</user><assistant>");
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -208,7 +162,7 @@ static int second_prompt_(Grpo *g, const char *query, const char *answer, const 
   const Tokenizer *t = g->tok;
   int T = g->first.T, cut = 0;
   for (;;) {
-    question_prompt_(&g->prompt, t, g->o->qa_template, query, answer, guide);
+    question_prompt(&g->prompt, t, g->o->qa_template, query, answer, guide);
     int over = (int)g->prompt.n + room - 1 - T;
     if (over <= 0 || *answer == 0) return cut;
     // At least as many bytes as tokens are too many; then on to the beginning of a character.
@@ -280,7 +234,7 @@ static void collect_first_(Grpo *g, int64_t step, Work *work) {
   for (int i = 0; i < set->n; i++) {
     if (i % G == 0) {
       question_of_(g, step, i, &query, &gold);
-      question_prompt_(&g->prompt, g->tok, o->qa_template, query, NULL, NULL);
+      question_prompt(&g->prompt, g->tok, o->qa_template, query, NULL, NULL);
     }
     sample_prompt_(g, &set->items[i]);
     set->items[i].number = (uint64_t)step * (uint64_t)set->n + (uint64_t)i;
@@ -586,7 +540,7 @@ static void measure_(Grpo *g, size_t most, double *first, double *second, StrBuf
   while (n < most && held_question_(g, n, &gold)) {
     int k = 0;
     for (; k < g->m->B && n + (size_t)k < most && (query = held_question_(g, n + (size_t)k, &gold)) != NULL; k++) {
-      question_prompt_(&g->prompt, g->tok, g->o->qa_template, query, NULL, NULL);
+      question_prompt(&g->prompt, g->tok, g->o->qa_template, query, NULL, NULL);
       sample_prompt_(g, &set->items[k]);
     }
     samples_draw(set, 0, k, &g->session, 0, 1, g->o->max_new, g->end, g->tok);
@@ -647,7 +601,7 @@ static void grpo_keep_(void *ctx, StrBuf *b) {
 static size_t longest_prompt_(Grpo *g, const QaSet *set, const QaItem **which) {
   size_t longest = 0;
   for (size_t i = 0; i < set->n; i++) {
-    question_prompt_(&g->prompt, g->tok, g->o->qa_template, set->items[i].query, NULL, NULL);
+    question_prompt(&g->prompt, g->tok, g->o->qa_template, set->items[i].query, NULL, NULL);
     if (g->prompt.n <= longest) continue;
     longest = g->prompt.n;
     *which = &set->items[i];
@@ -659,7 +613,7 @@ static size_t longest_prompt_(Grpo *g, const QaSet *set, const QaItem **which) {
 static size_t longest_second_(Grpo *g, const char *query) {
   size_t longest = 0;
   for (int i = 0; i < g->guides.n; i++) {
-    question_prompt_(&g->prompt, g->tok, g->o->qa_template, query, "", g->guides.texts[i]);
+    question_prompt(&g->prompt, g->tok, g->o->qa_template, query, "", g->guides.texts[i]);
     if (g->prompt.n > longest) longest = g->prompt.n;
   }
   return longest;
@@ -681,7 +635,7 @@ static void resolve_length_(Grpo *g, Options *o, const Config *c) {
       if (strlen(text) > strlen(problem)) memcpy(problem, text, sizeof problem);
     }
     query = problem;
-    question_prompt_(&g->prompt, g->tok, o->qa_template, query, NULL, NULL);
+    question_prompt(&g->prompt, g->tok, o->qa_template, query, NULL, NULL);
     longest = g->prompt.n;
     if (o->max_new > arith_max_tokens(&g->loader.arith)) o->max_new = arith_max_tokens(&g->loader.arith);
   } else {

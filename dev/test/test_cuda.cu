@@ -344,8 +344,8 @@ struct Weight {
         gdata((bitweight_bytes(a + b + d, K) + 3) / 4), ggamma((size_t)(a + b + d)), cdata((cpu::bitweight_bytes(a + b + d,
             K) + 3) / 4),
         cgamma((size_t)(a + b + d)) {
-    g = {a + b + d, K, {a, b, d}, -1, precision, 0, gdata.p, ggamma.p, with_bias ? gbias.p : NULL};
-    c = {a + b + d, K, {a, b, d}, -1, precision, 0, cdata.data(), cgamma.data(), with_bias ? bias.data() : NULL};
+    g = {a + b + d, K, {a, b, d}, -1, precision, 0, 0, 0, gdata.p, ggamma.p, with_bias ? gbias.p : NULL};
+    c = {a + b + d, K, {a, b, d}, -1, precision, 0, 0, 0, cdata.data(), cgamma.data(), with_bias ? bias.data() : NULL};
   }
   void quantize(float lambda) {
     reserve_scratch(1, (size_t)g.N, (size_t)g.K);

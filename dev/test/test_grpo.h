@@ -340,7 +340,7 @@ static void test_grpo_prompts(void) {
   g.o = &o;
   g.tok = &tok;
   o.qa_template = QA_PLAIN;
-  question_prompt_(&g.prompt, &tok, QA_PLAIN, "1+2=", NULL, NULL);
+  question_prompt(&g.prompt, &tok, QA_PLAIN, "1+2=", NULL, NULL);
   tokenizer_decode(&tok, g.prompt.ids, g.prompt.n, &text);
   CHECK(strcmp(text.data, "1+2=") == 0, "first pass: %s", text.data);
   g.first.T = 12;
@@ -355,7 +355,7 @@ static void test_grpo_prompts(void) {
   CHECK(cut && strcmp(text.data, "1+2=65 =") == 0, "cut from the left: %s", text.data);
   // The default template, with a tokenizer that has its letters but no marks for it.
   StrBuf b = {NULL, 0, 0};
-  question_prompt_(&g.prompt, &tok, QA_SEED003, "1+2=", "3", "=");
+  question_prompt(&g.prompt, &tok, QA_SEED003, "1+2=", "3", "=");
   for (size_t i = 0; i < g.prompt.n; i++) strbuf_printf(&b, "%s%d", i ? " " : "", g.prompt.ids[i]);
   size_t unknown = 0;
   for (size_t i = 0; i < g.prompt.n; i++) unknown += g.prompt.ids[i] == tok.unk_id;
