@@ -109,6 +109,6 @@ int main(void) {
   bench_version("2 a warp for each query", operations, LIMIT_BF16, bound,
                 [&] { LAUNCH(attention_2, blocks_for(items, 8), 256, 0, out.p, in.p, (int)rows, T, NH, NKV); }, error);
   bench_version("3 tensor cores", operations, LIMIT_BF16, bound,
-                [&] { attention_forward(out.p, lse.p, in.p, start.p, B, T, NH, NKV, HS); }, error);
+                [&] { attention_forward(out.p, lse.p, in.p, start.p, B, T, NH, NKV, HS, PRECISION_BF16); }, error);
   return bench_end();
 }
