@@ -946,13 +946,16 @@ static inline __attribute__((always_inline)) void i8_store(const I8Result *r, co
                                                            size_t n0, const size_t cols) {
   float *RESTRICT o = r->out + m * r->N + n0, s = r->s[m];
   const float *RESTRICT gamma = r->gamma + n0;
+  for (size_t n = 0; n < cols; n++) o[n] = (float)(sum[n] - excess) * (s * gamma[n]);
+  // What follows adds to the rounded product, as the GPU does: a barrier keeps the compiler from fusing multiplication and addition.
+  if (r->bias) {
+    __asm__ volatile("" : : : "memory");
+    for (size_t n = 0; n < cols; n++) o[n] += r->bias[n0 + n];
+  }
   if (r->residual) {
     const float *RESTRICT x = r->residual + m * r->N + n0;
-    for (size_t n = 0; n < cols; n++) o[n] = (float)(sum[n] - excess) * (s * gamma[n]) + (r->bias ? r->bias[n0 + n] : 0.0f) + x[n];
-  } else if (r->bias) {
-    for (size_t n = 0; n < cols; n++) o[n] = (float)(sum[n] - excess) * (s * gamma[n]) + r->bias[n0 + n];
-  } else {
-    for (size_t n = 0; n < cols; n++) o[n] = (float)(sum[n] - excess) * (s * gamma[n]);
+    __asm__ volatile("" : : : "memory");
+    for (size_t n = 0; n < cols; n++) o[n] += x[n];
   }
   if (r->exact) {
     for (size_t n = 0; n < cols; n++) r->exact[m * r->N + n0 + n] = sum[n] - excess;
