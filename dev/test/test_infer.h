@@ -41,6 +41,7 @@ static void test_packed_weights(void) {
     const int *s = shapes[i];
     size_t N = (size_t)(s[0] + s[1] + s[2]), K = (size_t)s[3];
     float *master = dev_floats_(normals_(N * K, 0, 0.1), N * K), *bias = dev_floats_(normals_(N, 0, 1), N);
+    reserve_scratch_bytes_(ops_scratch_bytes(97, N, K));
     BitWeight w = new_weight_(master, bias, s[0], s[1], s[2], s[3], 1, PRECISION_BF16), p = packed_weight_(&w, master);
     CHECK(same_bits_(weight_codes_(&p), weight_codes_(&w), N * K), "[%zu,%zu]: codes", N, K);
     CHECK(same_bits_(read_floats_(p.gamma, N), read_floats_(w.gamma, N), N * sizeof(float)), "[%zu,%zu]: scales", N, K);
@@ -76,6 +77,7 @@ static void test_packed_codes(void) {
   w.gamma = dev_floats_(NULL, N);
   int8_t *device = (int8_t *)dev_memory_(N * K);
   dev_copy_in(device, codes, N * K);
+  reserve_scratch_bytes_(ops_scratch_bytes(1, N, K));
   weight_pack_codes(&w, 0, device, 0.5f);
   weight_pack_codes(&w, 1, device + 6 * K, 0.25f);
   CHECK(same_bits_(weight_codes_(&w), codes, N * K), "codes");
