@@ -773,7 +773,7 @@ The instruction wants one unsigned operand; with code + 1 the sum comes out too 
 is subtracted once per row. Sums are exact: |sum| <= 3 * 127 * K < 2^31 for K below five million. The number of groups of four is padded
 to a multiple of 16, which is what an AMX tile holds; padding is multiplied by zeros.
 */
-enum { I8_WIDTH = 16, I8_ROWS = 6, I8_BLOCK = 256 };   // I8_BLOCK: rows that a thread takes at a time
+enum { I8_WIDTH = 16, I8_ROWS = 6, I8_BLOCK = 256, I8_CACHE = 3 << 19 };   // I8_BLOCK: rows that a thread takes at a time
 
 // Groups of four k in a panel.
 static size_t ternary_groups(size_t K) {
@@ -939,13 +939,44 @@ typedef struct {
   int32_t *exact;                // [M,N] or NULL
   const float *s, *gamma, *bias, *residual;
   size_t N;
+  int stream;                    // 1: out is larger than the caches and in whole aligned vectors, so it is written past them
 } I8Result;
+
+// A result that leaves the caches before it is read again is written past them: an ordinary store would read each line from memory first.
+static I8Result i8_result(float *out, int32_t *exact, const float *s, const float *gamma, const float *bias, const float *residual,
+                          size_t M, size_t N) {
+  size_t bytes = M * N * sizeof(float);
+  int whole = (uintptr_t)out % 64 == 0 && N % 16 == 0;
+  I8Result r = {out, exact, s, gamma, bias, residual, N, whole && bytes > (size_t)thread_count() * I8_CACHE};
+  return r;
+}
+
+#ifdef BITNET_VNNI
+// Keeps the compiler from fusing the multiplication that made x with an addition that follows.
+static inline __m512 rounded_here(__m512 x) {
+  __asm__("" : "+v"(x));
+  return x;
+}
+#endif
 
 // Row m, columns n0 .. n0+cols-1 from raw sums. Inlined, so that a constant `cols` unrolls it.
 static inline __attribute__((always_inline)) void i8_store(const I8Result *r, const int32_t *RESTRICT sum, int32_t excess, size_t m,
                                                            size_t n0, const size_t cols) {
   float *RESTRICT o = r->out + m * r->N + n0, s = r->s[m];
   const float *RESTRICT gamma = r->gamma + n0;
+#ifdef BITNET_VNNI
+  if (r->stream) {
+    for (size_t n = 0; n < cols; n += 16) {
+      __m512i exact = _mm512_sub_epi32(_mm512_loadu_si512(sum + n), _mm512_set1_epi32(excess));
+      __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_mul_ps(_mm512_set1_ps(s), _mm512_loadu_ps(gamma + n)));
+      if (r->bias) x = _mm512_add_ps(rounded_here(x), _mm512_loadu_ps(r->bias + n0 + n));
+      if (r->residual) x = _mm512_add_ps(rounded_here(x), _mm512_loadu_ps(r->residual + m * r->N + n0 + n));
+      _mm512_stream_ps(o + n, x);
+      if (r->exact) _mm512_storeu_si512(r->exact + m * r->N + n0 + n, exact);
+    }
+    return;
+  }
+#endif
   for (size_t n = 0; n < cols; n++) o[n] = (float)(sum[n] - excess) * (s * gamma[n]);
   // What follows adds to the rounded product, as the GPU does: a barrier keeps the compiler from fusing multiplication and addition.
   if (r->bias) {
@@ -1008,6 +1039,20 @@ static void i8_block(const I8Result *r, const int8_t *q, const uint8_t *panels, 
   }
 }
 
+// Every thread calls this after its last i8_block: others see what was written past the caches.
+static void i8_done(void) {
+#ifdef BITNET_VNNI
+  _mm_sfence();
+#endif
+}
+
+// How many of M rows are one task: at most I8_BLOCK, and each thread gets the same even share of neighbouring rows that it has in the loops over rows
+// before and after a product, so that it finds them in its own cache.
+static size_t i8_step(size_t M) {
+  size_t threads = (size_t)thread_count(), share = (M + threads - 1) / threads, tasks = (share + I8_BLOCK - 1) / I8_BLOCK;
+  return padded_to((share + tasks - 1) / tasks, amx_ready() ? 32 : I8_ROWS);
+}
+
 /*
 out (=) [M,N] = (q w') * s[m] * gamma[n] + bias[n] + residual[m,n].
 q [M,K] codes, s [M]; panels of w from ternary_pack_panels, gamma [N]; bias, residual or NULL. exact (or NULL) (=) [M,N] receives the
@@ -1015,12 +1060,10 @@ int32 sums themselves, for tests. Tasks are blocks of rows; where there are few 
 */
 static void gemm_i8(float *out, int32_t *exact, const int8_t *q, const float *s, const uint8_t *panels, const float *gamma,
                     const float *bias, const float *residual, size_t M, size_t N, size_t K) {
-  const I8Result r = {out, exact, s, gamma, bias, residual, N};
-  size_t n_panels = (N + I8_WIDTH - 1) / I8_WIDTH, threads = (size_t)thread_count(), unit = amx_ready() ? 32 : I8_ROWS;
-  size_t step = (M / (2 * threads) / unit + 1) * unit;
-  if (step > I8_BLOCK) step = I8_BLOCK;
+  const I8Result r = i8_result(out, exact, s, gamma, bias, residual, M, N);
+  size_t n_panels = (N + I8_WIDTH - 1) / I8_WIDTH, threads = (size_t)thread_count(), step = i8_step(M);
   size_t row_blocks = (M + step - 1) / step, quads = (n_panels + 3) / 4;
-  size_t groups = row_blocks >= 2 * threads ? 1 : (2 * threads + row_blocks - 1) / row_blocks;
+  size_t groups = row_blocks >= threads ? 1 : (2 * threads + row_blocks - 1) / row_blocks;
   if (groups > quads) groups = quads;
 #pragma omp parallel
   {
@@ -1038,6 +1081,7 @@ static void gemm_i8(float *out, int32_t *exact, const int8_t *q, const float *s,
       }
       i8_block(&r, q, panels + p0 * ternary_groups(K) * I8_WIDTH * 4, excess, m0, rows, p0, p1 < n_panels ? p1 : n_panels, K);
     }
+    i8_done();
     if (amx_ready()) amx_end();
   }
 }
@@ -1045,10 +1089,10 @@ static void gemm_i8(float *out, int32_t *exact, const int8_t *q, const float *s,
 /*
 dx (=) [M,K] = dy w, both operands integers: w in transposed panels (ternary_pack_transposed), dy [M,N] times gamma [N] rounded at random
 to int8, with one scale for each row. A row of sums is exact, so no bit depends on the number of threads. key: of the random numbers;
-scratch: gemm_i8_rounded_bytes(N).
+scratch: gemm_i8_rounded_bytes(N, K): the codes of I8_BLOCK rows for each thread, and K ones, for the outputs have no scale.
 */
-static size_t gemm_i8_rounded_bytes(size_t N) {
-  return (size_t)thread_count() * I8_BLOCK * ((N + 63) / 64 * 64);
+static size_t gemm_i8_rounded_bytes(size_t N, size_t K) {
+  return (size_t)thread_count() * I8_BLOCK * padded_to(N, 64) + padded_to(K * sizeof(float), 64);
 }
 
 // One row of codes q (=) [N]; returns its scale, NaN where the row is not finite.
@@ -1071,10 +1115,11 @@ static float round_row(int8_t *RESTRICT q, const float *RESTRICT dy, const float
   return top / 127.0f + bad;
 }
 
-static void gemm_i8_rounded(float *dx, const float *dy, const float *gamma, const uint8_t *panels, const float *ones, size_t M, size_t N,
-                            size_t K, uint32_t key, void *scratch) {
-  size_t threads = (size_t)thread_count(), stride = (N + 63) / 64 * 64, step = (M / (2 * threads) / 32 + 1) * 32;
-  if (step > I8_BLOCK) step = I8_BLOCK;
+static void gemm_i8_rounded(float *dx, const float *dy, const float *gamma, const uint8_t *panels, size_t M, size_t N, size_t K,
+                            uint32_t key, void *scratch) {
+  size_t threads = (size_t)thread_count(), stride = padded_to(N, 64), step = i8_step(M);
+  float *ones = (float *)((char *)scratch + threads * I8_BLOCK * stride);
+  for (size_t k = 0; k < K; k++) ones[k] = 1;
 #pragma omp parallel
   {
     int8_t *q = (int8_t *)scratch + (size_t)thread_index() * I8_BLOCK * stride;
@@ -1084,7 +1129,7 @@ static void gemm_i8_rounded(float *dx, const float *dy, const float *gamma, cons
 #pragma omp for schedule(static)
     for (size_t m0 = 0; m0 < M; m0 += step) {
       size_t rows = M - m0 < step ? M - m0 : step;
-      I8Result r = {dx + m0 * K, NULL, s, ones, NULL, NULL, K};
+      I8Result r = i8_result(dx + m0 * K, NULL, s, ones, NULL, NULL, M, K);
       for (size_t i = 0; i < rows; i++) {
         int8_t *row = q + i * N;
         int32_t sum = 0;
@@ -1094,6 +1139,7 @@ static void gemm_i8_rounded(float *dx, const float *dy, const float *gamma, cons
       }
       i8_block(&r, q, panels, excess, 0, rows, 0, (K + I8_WIDTH - 1) / I8_WIDTH, N);
     }
+    i8_done();
     if (amx_ready()) amx_end();
   }
 }

@@ -376,7 +376,7 @@ Threads share the outputs out, each reads its own part of the weights once.
 */
 static void packed_i8(float *out, int32_t *exact, const int8_t *q, const float *s, const uint8_t *packed, const float *gamma,
                       const float *bias, const float *residual, size_t M, size_t N, size_t K, void *scratch) {
-  const I8Result result = {out, exact, s, gamma, bias, residual, N};
+  const I8Result result = {out, exact, s, gamma, bias, residual, N, 0};
   size_t n_panels = (N + I8_WIDTH - 1) / I8_WIDTH, units = packed_units(K), bytes = units * UNIT_BYTES;
   if (M <= FEW_ROWS) {
     int8_t *x = (int8_t *)scratch;

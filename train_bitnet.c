@@ -217,11 +217,6 @@ void dev_peaks(Peaks *p) {
   dev_free(x);
 }
 
-// Scratch for gemm_i8_rounded and K numbers before it.
-static size_t rounded_scratch_bytes(size_t N, size_t K) {
-  return (K + 15) / 16 * 16 * sizeof(float) + gemm_i8_rounded_bytes(N);
-}
-
 int ops_row_block(void) {
   return 1024;
 }
@@ -236,7 +231,7 @@ size_t ops_scratch_bytes(size_t max_rows, size_t max_n, size_t max_k) {
   size_t numbers = (size_t)thread_count() * max_rows * sizeof(float);
   if (rows > most) most = rows;
   if (numbers > most) most = numbers;
-  if (rounded_scratch_bytes(max_n, max_k) > most) most = rounded_scratch_bytes(max_n, max_k);
+  if (gemm_i8_rounded_bytes(max_n, max_k) > most) most = gemm_i8_rounded_bytes(max_n, max_k);
   if (packed_scratch_bytes(max_rows, max_k) > most) most = packed_scratch_bytes(max_rows, max_k);
   if (gemm_few_scratch_bytes(max_k) > most) most = gemm_few_scratch_bytes(max_k);
   return chunks > most ? chunks : most;
@@ -248,7 +243,7 @@ int ops_honours_precision(int precision) {
 }
 
 size_t ops_logits_bytes(void) {
-  return (size_t)128 << 20;
+  return (size_t)256 << 20;
 }
 
 // Starting an op costs a function call here, so there is nothing to record.
@@ -279,10 +274,6 @@ static float *scratch_floats(size_t n) {
 // Scratch for one product with these sizes, in any order.
 static float *gemm_scratch(size_t x, size_t y, size_t z) {
   return scratch_floats(gemm_scratch_bytes(x, y, z) / sizeof(float));
-}
-
-static float *rounded_scratch(size_t N, size_t K) {
-  return scratch_floats(rounded_scratch_bytes(N, K) / sizeof(float));
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -694,27 +685,25 @@ dy gamma are rounded to int8, at random and without bias, and dx becomes an inte
 */
 void bitlinear_backward(floatX *dx, float *dw, float *dbias, const floatX *dout, const QAct *x, const BitWeight *w, int R) {
   size_t N = (size_t)w->N, K = (size_t)w->K;
-  int ternary = w->lambda == 1.0f, rounded = ternary && w->dx_int8;
-  float *scratch = rounded ? rounded_scratch(N, K) : gemm_scratch((size_t)R, N, K);
+  int ternary = w->lambda == 1.0f;
   Product g = {0};
-  g.M = (size_t)R, g.N = K, g.K = N;                    // dx = dy w_eff
-  g.A = dout, g.a_row = N, g.a_col = 1, g.a_scale = ternary ? w->gamma : NULL;
-  set_b(&g, w->data, ternary, K, 1);
-  g.C = dx;
+  g.A = dout;
   g.precision = w->precision;
-  if (rounded) {
-    float *ones = scratch;
-    for (size_t k = 0; k < K; k++) ones[k] = 1;
-    gemm_i8_rounded(dx, dout, w->gamma, transposed_panels(w), ones, (size_t)R, N, K, (uint32_t)(w->noise ^ w->noise >> 32), ones + (K + 15) / 16 * 16);
-    scratch = gemm_scratch((size_t)R, N, K);
+  if (ternary && w->dx_int8) {
+    void *scratch = scratch_floats(gemm_i8_rounded_bytes(N, K) / sizeof(float));
+    gemm_i8_rounded(dx, dout, w->gamma, transposed_panels(w), (size_t)R, N, K, (uint32_t)(w->noise ^ w->noise >> 32), scratch);
   } else {
-    gemm(&g, scratch);
+    g.M = (size_t)R, g.N = K, g.K = N;                  // dx = dy w_eff
+    g.a_row = N, g.a_col = 1, g.a_scale = ternary ? w->gamma : NULL;
+    set_b(&g, w->data, ternary, K, 1);
+    g.C = dx;
+    gemm(&g, gemm_scratch(g.M, g.N, g.K));
   }
   g.M = N, g.N = K, g.K = (size_t)R;                    // dw += dy' x_eff
-  g.A = dout, g.a_row = 1, g.a_col = N, g.a_scale = has_codes(x) ? x->s : NULL;
+  g.a_row = 1, g.a_col = N, g.a_scale = has_codes(x) ? x->s : NULL;
   set_b(&g, x->data, has_codes(x), K, 1);
   g.C = dw, g.accumulate = 1;
-  gemm(&g, scratch);
+  gemm(&g, gemm_scratch(g.M, g.N, g.K));
   if (dbias) add_column_sums(dbias, dout, (size_t)R, N);
 }
 
@@ -765,8 +754,8 @@ own document up to itself, not on what is computed beside it.
 enum {
   KEYS = KV_BLOCK,           // keys that are scored before the running softmax is corrected
   QUERIES = 32,              // queries that meet a block of keys together
-  KEY_ROOM = KEYS + MR_MAX,  // rows that whole tiles of a block of keys may fill,
-  HEAD_ROOM = HEAD_MAX + MR_MAX   // and of a head
+  KEY_ROOM = KEYS + MR_MAX,  // rows that whole tiles may fill: of a block of keys,
+  HEAD_ROOM = HEAD_MAX + MR_MAX   // of a head
 };
 
 // A head of HS numbers in the panels of kernel k. Columns: HS rounded up to whole panels.
@@ -806,6 +795,16 @@ static void pack_blocks(const HeadForm *f, char *packed, const float *x, size_t 
     }
     if (transposed) pack_left(f->k, packed, rows, 1, apart, f->HS, KEYS, f->precision);
     else pack_left(f->k, packed, rows, apart, 1, KEYS, f->HS, f->precision);
+  }
+}
+
+/*
+A head's rows lie far apart, a few lines of memory each, which no hardware prefetcher foresees. While one head's queries are computed the
+same rows of the head to the right of it, which comes next, are fetched: n rows of HS numbers, `stride` apart.
+*/
+static void fetch_right(const float *x, size_t stride, size_t n, size_t HS) {
+  for (size_t i = 0; i < n; i++) {
+    for (size_t k = 0; k < HS; k += 16) __builtin_prefetch(x + i * stride + HS + k, 0, 2);
   }
 }
 
@@ -931,6 +930,12 @@ void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *st
               int m = end - t0 < QUERIES ? end - t0 : QUERIES;
               size_t row = (size_t)b * T + t0;
               for (int i = 0; i < m; i++) seen[i] = t0 + i - first + 1;
+              fetch_right(qkv + row * QKV + (size_t)h * HS, QKV, (size_t)m, (size_t)HS);
+              fetch_right(out + row * width + (size_t)h * HS, width, (size_t)m, (size_t)HS);
+              if (h == kvh * (NH / NKV)) {
+                fetch_right(k + (size_t)t0 * QKV, QKV, (size_t)m, (size_t)HS);
+                fetch_right(v + (size_t)t0 * QKV, QKV, (size_t)m, (size_t)HS);
+              }
               attend_columns(&f, out + row * width + (size_t)h * HS, width, log_sum, qkv + row * QKV + (size_t)h * HS, QKV, seen,
                              (size_t)m, keys, values);
               for (int i = 0; i < m; i++) lse[(row + (size_t)i) * NH + h] = log_sum[i];
@@ -1028,6 +1033,16 @@ void attention_backward(floatX *dqkv, const floatX *dout, const floatX *out, con
           for (int h = kvh * (NH / NKV); h < (kvh + 1) * (NH / NKV); h++) {
             for (size_t t0 = 0; t0 < n; t0 += QUERIES) {
               size_t m = n - t0 < QUERIES ? n - t0 : QUERIES, r = row + t0, at = r * width + (size_t)h * HS, q_at = r * QKV + (size_t)h * HS;
+              fetch_right(qkv + q_at, QKV, m, (size_t)HS);
+              fetch_right(dqkv + q_at, QKV, m, (size_t)HS);
+              fetch_right(out + at, width, m, (size_t)HS);
+              fetch_right(dout + at, width, m, (size_t)HS);
+              if (h == kvh * (NH / NKV)) {
+                fetch_right(qkv + k_at + t0 * QKV, QKV, m, (size_t)HS);
+                fetch_right(qkv + v_at + t0 * QKV, QKV, m, (size_t)HS);
+                fetch_right(dqkv + k_at + t0 * QKV, QKV, m, (size_t)HS);
+                fetch_right(dqkv + v_at + t0 * QKV, QKV, m, (size_t)HS);
+              }
               attend_columns_backward(&f, dqkv + q_at, &d, dout + at, out + at, width, qkv + q_at, QKV, lse + r * NH + h, (size_t)NH, t0, m);
             }
           }
