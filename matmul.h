@@ -33,6 +33,7 @@ any kernel may take any part.
 #include "bitnet/ops.h"
 #include "bitnet/utils.h"
 #include "quant.h"
+#include "vectors.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -865,34 +866,45 @@ UNUSED static inline void tile_i8_scalar(int32_t *sums, const int8_t *q, const u
   }
 }
 
-#ifdef BITNET_VNNI
+#ifdef IVEC
 static inline __attribute__((always_inline)) void tile_i8(int32_t *sums, const int8_t *q, const uint8_t *panels, size_t K,
                                                           const int rows, const int n_panels) {
-  size_t groups = ternary_groups(K), full = K / 4;
-  __m512i acc[I8_ROWS][4];
+  const int parts = 64 / IVEC, most = rows == 1 ? 8 : TILE_VECTORS, vectors = n_panels * parts < most ? n_panels * parts : most;
+  size_t groups = ternary_groups(K), used = (K + 3) / 4;
+  int8_t last[I8_ROWS * 4] = {0};   // the activations of an incomplete group
+  for (int i = 0; i < rows && K % 4; i++) memcpy(last + 4 * i, q + (size_t)i * K + K / 4 * 4, K % 4);
+  for (int v0 = 0; v0 < n_panels * parts; v0 += vectors) {
+    for (size_t first = 0; first < used; first += TERNARY_STEPS) {
+      size_t end = used - first < TERNARY_STEPS ? used : first + TERNARY_STEPS;
+      ivec acc[I8_ROWS][8];
 #pragma GCC unroll 8
-  for (int i = 0; i < rows; i++) {
-#pragma GCC unroll 4
-    for (int j = 0; j < n_panels; j++) acc[i][j] = _mm512_setzero_si512();
-  }
-  for (size_t g = 0; g < (K + 3) / 4; g++) {
-    __m512i w[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < n_panels; j++) w[j] = _mm512_loadu_si512(panels + ((size_t)j * groups + g) * 64);
+      for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; i++) {
-      int32_t word;
-      if (g < full) memcpy(&word, q + (size_t)i * K + 4 * g, 4);
-      else word = four_codes(q + (size_t)i * K, 4 * g, K);
-      __m512i a = _mm512_set1_epi32(word);
-#pragma GCC unroll 4
-      for (int j = 0; j < n_panels; j++) acc[i][j] = _mm512_dpbusd_epi32(acc[i][j], w[j], a);
+        for (int v = 0; v < vectors; v++) acc[i][v] = ivec_zero();
+      }
+      for (size_t g = first; g < end; g++) {
+        const int8_t *a = g < K / 4 ? q + 4 * g : last;
+        size_t apart = g < K / 4 ? K : 4;
+        ivec w[8];
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++)
+          w[v] = ivec_load(panels + ((size_t)((v0 + v) / parts) * groups + g) * 64 + (v0 + v) % parts * IVEC);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+          ivec four = ivec_four(a + (size_t)i * apart);
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; v++) acc[i][v] = ivec_ternary(acc[i][v], w[v], four);
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) {
+          int32_t *out = sums + (i * n_panels + (v0 + v) / parts) * I8_WIDTH + (v0 + v) % parts * (IVEC / 4);
+          ivec_store(out, ivec_ternary_sum(first > 0 ? ivec_load(out) : ivec_zero(), acc[i][v]));
+        }
+      }
     }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; i++) {
-#pragma GCC unroll 4
-    for (int j = 0; j < n_panels; j++) _mm512_storeu_si512(sums + (i * n_panels + j) * I8_WIDTH, acc[i][j]);
   }
 }
 #else
@@ -1101,8 +1113,15 @@ static void gemm_i8_rounded(float *dx, const float *dy, const float *gamma, cons
 // ---------------------------------------------------------------------------------------------------------
 /*
 What the machine can do: the innermost instruction of each kernel in a loop that touches no memory. Each returns the operations of one
-call of `steps` steps; the caller times it on all threads at once. *sink keeps the compiler from dropping the work.
+call of `steps` steps; the caller times it on all threads at once. *sink keeps the compiler from dropping the work, PEAK_KEEP from seeing
+that all of it is the same.
 */
+#ifdef __aarch64__
+#define PEAK_KEEP(vector) __asm__ volatile("" : "+w"(vector))
+#else
+#define PEAK_KEEP(vector) __asm__ volatile("" : "+v"(vector))
+#endif
+
 static double peak_loop_f32(size_t steps, float *sink) {
   vfloat acc[MR][2], x = {0}, y = {0};
   x += *sink;
@@ -1116,6 +1135,7 @@ static double peak_loop_f32(size_t steps, float *sink) {
       acc[i][1] = acc[i][1] * x + y;
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < MR; i++) *sink += (acc[i][0] + acc[i][1])[0];
   return 2.0 * (double)steps * MR * 2 * VL;
 }
@@ -1140,14 +1160,18 @@ static double peak_loop_bf16(size_t steps, float *sink) {
   __m512i x = _mm512_set1_epi32((int)*sink);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) {
-    acc[i] = _mm512_setzero_ps();
-    __asm__ volatile("" : "+v"(acc[i]));   // else the compiler sees that all are the same
+    __m512 zero = _mm512_setzero_ps();
+    PEAK_KEEP(zero);
+    acc[i] = zero;
   }
   for (size_t s = 0; s < steps; s++) {
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)x, (__m512bh)x);
-    __asm__ volatile("" : "+v"(x));
+    for (int i = 0; i < 16; i++) {
+      acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)x, (__m512bh)x);
+      PEAK_KEEP(x);
+    }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i++) *sink += _mm512_reduce_add_ps(acc[i]);
   return 2.0 * (double)steps * 16 * 32;
 #else
@@ -1170,20 +1194,28 @@ static double peak_loop_i8(size_t steps, float *sink) {
     return 2.0 * (double)steps * 4 * 16 * 16 * 64;
   }
 #endif
-#ifdef BITNET_VNNI
-  __m512i acc[16], x = _mm512_set1_epi32((int)*sink);
+#ifdef IVEC
+  ivec acc[12], x = ivec_four((const int8_t *)sink);
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) {
-    acc[i] = x;
-    __asm__ volatile("" : "+v"(acc[i]));
+  for (int i = 0; i < 12; i++) {
+    ivec zero = ivec_zero();
+    PEAK_KEEP(zero);
+    acc[i] = zero;
   }
   for (size_t s = 0; s < steps; s++) {
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) acc[i] = _mm512_dpbusd_epi32(acc[i], x, x);
-    __asm__ volatile("" : "+v"(x));
+    for (int i = 0; i < 12; i++) {
+      acc[i] = ivec_ternary(acc[i], x, x);
+      PEAK_KEEP(x);
+    }
   }
-  for (int i = 0; i < 16; i++) *sink += (float)_mm512_reduce_add_epi32(acc[i]);
-  return 2.0 * (double)steps * 16 * 64;
+#pragma GCC unroll 16
+  for (int i = 0; i < 12; i++) {
+    int32_t lanes[IVEC / 4];
+    ivec_store(lanes, acc[i]);
+    *sink += (float)lanes[0];
+  }
+  return 2.0 * (double)steps * 12 * IVEC;
 #else
   return peak_loop_f32(steps, sink);
 #endif
