@@ -868,7 +868,7 @@ static void test_cross_entropy(void) {
   cross_entropy_backward(z, lse, dev_targets, dev_floats_(coef, R), R, V);
   for (int r = 0; r < R; r++) {
     double top = -INFINITY, sum = 0;
-    for (int v = 0; v < V; v++) top = fmax(top, (double)logits[r * V + v]);
+    for (int v = 0; v < V; v++) top = (double)logits[r * V + v] > top ? (double)logits[r * V + v] : top;   // gcc 12 breaks at fmax here
     for (int v = 0; v < V; v++) sum += exp((double)logits[r * V + v] - top);
     if (targets[r] < 0) continue;   // loss and gradient 0
     want[r] = (float)(top + log(sum) - (double)logits[r * V + targets[r]]);
