@@ -972,7 +972,7 @@ static inline __attribute__((always_inline)) void tile_i8(int32_t *sums, const i
           w[v] = ivec_load(panels + ((size_t)((v0 + v) / parts) * groups + g) * 64 + (v0 + v) % parts * IVEC);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++) {
-          ivec four = ivec_four(a + (size_t)i * apart);
+          ifour four = ivec_four(a + (size_t)i * apart);
 #pragma GCC unroll 8
           for (int v = 0; v < vectors; v++) acc[i][v] = ivec_ternary(acc[i][v], w[v], four);
         }
@@ -1295,7 +1295,10 @@ static double peak_loop_i8(size_t steps, float *sink) {
   }
 #endif
 #ifdef IVEC
-  ivec acc[12], x = ivec_four((const int8_t *)sink);
+  int8_t seed[IVEC];
+  memset(seed, (int)*sink, sizeof seed);
+  ivec acc[12], x = ivec_load(seed);
+  ifour y = ivec_four(seed);
 #pragma GCC unroll 16
   for (int i = 0; i < 12; i++) {
     ivec zero = ivec_zero();
@@ -1305,7 +1308,7 @@ static double peak_loop_i8(size_t steps, float *sink) {
   for (size_t s = 0; s < steps; s++) {
 #pragma GCC unroll 16
     for (int i = 0; i < 12; i++) {
-      acc[i] = ivec_ternary(acc[i], x, x);
+      acc[i] = ivec_ternary(acc[i], x, y);
       PEAK_KEEP(x);
     }
   }

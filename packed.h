@@ -216,7 +216,7 @@ static inline __attribute__((always_inline)) void packed_rows_fixed(int32_t *sum
           for (int f = 0; f < FIELDS; f++) {
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
-              ivec four = ivec_four(x + (size_t)r * stride + 4 * (i * FIELDS + f));
+              ifour four = ivec_four(x + (size_t)r * stride + 4 * (i * FIELDS + f));
 #pragma GCC unroll 2
               for (int p = 0; p < panels; p++) acc[p][r][f] = ivec_dot(acc[p][r][f], field_of(v[p][i], f), four);
             }

@@ -6,10 +6,10 @@ What it is:  loads, masks and byte dot products in the widest integer registers 
              names, and beneath each kernel stands a twin in plain C: for machines without such registers, and for the tests.
 What not:    floats (vectors of the compiler are enough for those), and what one machine alone can do: AMX and bf16 in matmul.h.
 Read before: nothing.
-Defines:     IVEC, ivec, ivec_zero, ivec_load, ivec_store, ivec_and, ivec_top, TOP_BITS, ivec_four, ivec_dot, ivec_add, ivec_down, ivec_up;
+Defines:     IVEC, ivec, ifour, ivec_zero, ivec_load, ivec_store, ivec_and, ivec_top, TOP_BITS, ivec_four, ivec_dot, ivec_add, ivec_down, ivec_up;
              ivec_ternary, ivec_ternary_sum, TERNARY_STEPS, TILE_VECTORS. Without vectors IVEC is not defined.
 
-    ivec_four(p)             the four bytes at p, repeated
+    ivec_four(p)             the four bytes at p, repeated, as an ifour: in the form in which ivec_dot and ivec_ternary want s
     ivec_dot(acc, u, s)      acc[i] += sum of u[4i+j] * s[4i+j], j < 4: u unsigned, at most 127 except where TOP_BITS is 6; s signed
     ivec_top(v)              the two highest bits of each byte, times 2^TOP_BITS
     ivec_ternary(acc, u, s)  the same product for u of 0, 1 and 2, into sums of the machine's choice; at most TERNARY_STEPS times, then
@@ -50,12 +50,12 @@ one factor is always a weight, also where gradients were rounded to int8 (gemm_i
 #endif
 
 #if IVEC == 64
-typedef __m512i ivec;
+typedef __m512i ivec, ifour;
 static inline ivec ivec_zero(void) { return _mm512_setzero_si512(); }
 static inline ivec ivec_load(const void *p) { return _mm512_loadu_si512(p); }
 static inline void ivec_store(void *p, ivec v) { _mm512_storeu_si512(p, v); }
 static inline ivec ivec_and(ivec v, int byte) { return _mm512_and_si512(v, _mm512_set1_epi8((char)byte)); }
-static inline ivec ivec_four(const int8_t *p) { int32_t w; memcpy(&w, p, 4); return _mm512_set1_epi32(w); }
+static inline ifour ivec_four(const int8_t *p) { int32_t w; memcpy(&w, p, 4); return _mm512_set1_epi32(w); }
 static inline ivec ivec_add(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
 #define ivec_down(v, bits) _mm512_srai_epi32(v, bits)
 #define ivec_up(v, bits) _mm512_slli_epi32(v, bits)
@@ -64,12 +64,12 @@ static inline ivec ivec_add(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
 #define ivec_add16_ _mm512_add_epi16
 #define ivec_widen_(v) _mm512_madd_epi16(v, _mm512_set1_epi16(1))
 #elif IVEC == 32
-typedef __m256i ivec;
+typedef __m256i ivec, ifour;
 static inline ivec ivec_zero(void) { return _mm256_setzero_si256(); }
 static inline ivec ivec_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 static inline void ivec_store(void *p, ivec v) { _mm256_storeu_si256((__m256i *)p, v); }
 static inline ivec ivec_and(ivec v, int byte) { return _mm256_and_si256(v, _mm256_set1_epi8((char)byte)); }
-static inline ivec ivec_four(const int8_t *p) { int32_t w; memcpy(&w, p, 4); return _mm256_set1_epi32(w); }
+static inline ifour ivec_four(const int8_t *p) { int32_t w; memcpy(&w, p, 4); return _mm256_set1_epi32(w); }
 static inline ivec ivec_add(ivec a, ivec b) { return _mm256_add_epi32(a, b); }
 #define ivec_down(v, bits) _mm256_srai_epi32(v, bits)
 #define ivec_up(v, bits) _mm256_slli_epi32(v, bits)
@@ -78,33 +78,36 @@ static inline ivec ivec_add(ivec a, ivec b) { return _mm256_add_epi32(a, b); }
 #define ivec_add16_ _mm256_add_epi16
 #define ivec_widen_(v) _mm256_madd_epi16(v, _mm256_set1_epi16(1))
 #elif IVEC == 16
-typedef uint8x16_t ivec;
-static inline ivec ivec_zero(void) { return vdupq_n_u8(0); }
-static inline ivec ivec_load(const void *p) { return vld1q_u8((const uint8_t *)p); }
-static inline void ivec_store(void *p, ivec v) { vst1q_u8((uint8_t *)p, v); }
-static inline ivec ivec_and(ivec v, int byte) { return vandq_u8(v, vdupq_n_u8((uint8_t)byte)); }
-static inline ivec ivec_top(ivec v) { return vshrq_n_u8(v, 6); }
-static inline ivec ivec_four(const int8_t *p) { uint32_t w; memcpy(&w, p, 4); return vreinterpretq_u8_u32(vdupq_n_u32(w)); }
-static inline ivec ivec_add(ivec a, ivec b) { return vreinterpretq_u8_s32(vaddq_s32(vreinterpretq_s32_u8(a), vreinterpretq_s32_u8(b))); }
-#define ivec_down(v, bits) ((bits) ? vreinterpretq_u8_s32(vshrq_n_s32(vreinterpretq_s32_u8(v), (bits) ? (bits) : 1)) : (v))
-#define ivec_up(v, bits) vreinterpretq_u8_s32(vshlq_n_s32(vreinterpretq_s32_u8(v), bits))
-static inline ivec ivec_dot(ivec acc, ivec u, ivec s) {
-  int8x16_t a = vreinterpretq_s8_u8(u), b = vreinterpretq_s8_u8(s);
-#ifdef __ARM_FEATURE_DOTPROD
-  return vreinterpretq_u8_s32(vdotq_s32(vreinterpretq_s32_u8(acc), a, b));
-#else   // sums of two products in 16 bits, which they fit, then of two such sums in 32
-  int16x8_t pairs = vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
-  return vreinterpretq_u8_s32(vpadalq_s16(vreinterpretq_s32_u8(acc), pairs));
-#endif
+typedef int32x4_t ivec;   // typed as the sums: gcc copies sums that it must see as bytes between two products
+static inline uint8x16_t ivec_bytes_(ivec v) { return vreinterpretq_u8_s32(v); }
+static inline ivec ivec_zero(void) { return vdupq_n_s32(0); }
+static inline ivec ivec_load(const void *p) { return vreinterpretq_s32_u8(vld1q_u8((const uint8_t *)p)); }
+static inline void ivec_store(void *p, ivec v) { vst1q_u8((uint8_t *)p, ivec_bytes_(v)); }
+static inline ivec ivec_and(ivec v, int byte) { return vreinterpretq_s32_u8(vandq_u8(ivec_bytes_(v), vdupq_n_u8((uint8_t)byte))); }
+static inline ivec ivec_top(ivec v) { return vreinterpretq_s32_u8(vshrq_n_u8(ivec_bytes_(v), 6)); }
+static inline ivec ivec_add(ivec a, ivec b) { return vaddq_s32(a, b); }
+#define ivec_down(v, bits) ((bits) ? vshrq_n_s32(v, (bits) ? (bits) : 1) : (v))
+#define ivec_up(v, bits) vshlq_n_s32(v, bits)
+#ifdef __ARM_FEATURE_DOTPROD   // the instruction repeats the four bytes itself
+typedef int8x8_t ifour;
+static inline ifour ivec_four(const int8_t *p) { uint32_t w; memcpy(&w, p, 4); return vcreate_s8(w); }
+static inline ivec ivec_dot(ivec acc, ivec u, ifour s) { return vdotq_lane_s32(acc, vreinterpretq_s8_s32(u), s, 0); }
+#else                          // sums of two products in 16 bits, which they fit, then of two such sums in 32
+typedef int8x16_t ifour;
+static inline ifour ivec_four(const int8_t *p) { int32_t w; memcpy(&w, p, 4); return vreinterpretq_s8_s32(vdupq_n_s32(w)); }
+static inline ivec ivec_dot(ivec acc, ivec u, ifour s) {
+  int8x16_t a = vreinterpretq_s8_s32(u);
+  return vpadalq_s16(acc, vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(s)), vmull_high_s8(a, s)));
 }
+#endif
 #endif
 
 #if defined(IVEC_DPBUSD)
-static inline ivec ivec_dot(ivec acc, ivec u, ivec s) { return IVEC_DPBUSD(acc, u, s); }
+static inline ivec ivec_dot(ivec acc, ivec u, ifour s) { return IVEC_DPBUSD(acc, u, s); }
 static inline ivec ivec_top(ivec v) { return ivec_and(v, 0xC0); }
 enum { TOP_BITS = 6 };
 #elif defined(ivec_pairs_)
-static inline ivec ivec_dot(ivec acc, ivec u, ivec s) { return ivec_add(acc, ivec_widen_(ivec_pairs_(u, s))); }
+static inline ivec ivec_dot(ivec acc, ivec u, ifour s) { return ivec_add(acc, ivec_widen_(ivec_pairs_(u, s))); }
 static inline ivec ivec_top(ivec v) { return ivec_and(ivec_down16_(v, 6), 3); }
 #endif
 #if defined(IVEC) && !defined(IVEC_DPBUSD)
@@ -114,11 +117,11 @@ enum { TOP_BITS = 0 };
 // TILE_VECTORS: how many vectors of weights meet six rows of activations in registers.
 #if defined(ivec_pairs_) && !defined(IVEC_DPBUSD)
 enum { TERNARY_STEPS = 63, TILE_VECTORS = IVEC / 16 };
-static inline ivec ivec_ternary(ivec acc, ivec u, ivec s) { return ivec_add16_(acc, ivec_pairs_(u, s)); }
+static inline ivec ivec_ternary(ivec acc, ivec u, ifour s) { return ivec_add16_(acc, ivec_pairs_(u, s)); }
 static inline ivec ivec_ternary_sum(ivec t, ivec acc) { return ivec_add(t, ivec_widen_(acc)); }
 #elif defined(IVEC)
-enum { TERNARY_STEPS = 1 << 30, TILE_VECTORS = IVEC == 32 ? 2 : 4 };
-static inline ivec ivec_ternary(ivec acc, ivec u, ivec s) { return ivec_dot(acc, u, s); }
+enum { TERNARY_STEPS = 1 << 30, TILE_VECTORS = IVEC == 64 ? 4 : 2 };
+static inline ivec ivec_ternary(ivec acc, ivec u, ifour s) { return ivec_dot(acc, u, s); }
 static inline ivec ivec_ternary_sum(ivec t, ivec acc) { return ivec_add(t, acc); }
 #endif
 
