@@ -1295,30 +1295,31 @@ static double peak_loop_i8(size_t steps, float *sink) {
   }
 #endif
 #ifdef IVEC
+  enum { SUMS = TERNARY_STEPS < 64 ? 8 : 12 };   // enough to hide the latency of one sum
   int8_t seed[IVEC];
   memset(seed, (int)*sink, sizeof seed);
-  ivec acc[12], x = ivec_load(seed);
+  ivec acc[SUMS], x = ivec_load(seed);
   ifour y = ivec_four(seed);
 #pragma GCC unroll 16
-  for (int i = 0; i < 12; i++) {
+  for (int i = 0; i < SUMS; i++) {
     ivec zero = ivec_zero();
     PEAK_KEEP(zero);
     acc[i] = zero;
   }
   for (size_t s = 0; s < steps; s++) {
 #pragma GCC unroll 16
-    for (int i = 0; i < 12; i++) {
+    for (int i = 0; i < SUMS; i++) {
       acc[i] = ivec_ternary(acc[i], x, y);
       PEAK_KEEP(x);
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < 12; i++) {
+  for (int i = 0; i < SUMS; i++) {
     int32_t lanes[IVEC / 4];
     ivec_store(lanes, acc[i]);
     *sink += (float)lanes[0];
   }
-  return 2.0 * (double)steps * 12 * IVEC;
+  return 2.0 * (double)steps * SUMS * IVEC;
 #else
   return peak_loop_f32(steps, sink);
 #endif
