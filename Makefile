@@ -29,7 +29,7 @@ SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-om
 HEADERS = $(wildcard *.h bitnet/*.h modes/*.h)
 TESTS   = test_bitnet.c $(wildcard dev/test/*.h) train_bitnet.c $(HEADERS)
 
-.PHONY: all test asan fuzzing headers clean help
+.PHONY: all test asan fuzzing headers testisa testarm clean help
 
 all: train_bitnet
 
@@ -180,9 +180,56 @@ testemu: $(EMU_TESTS) $(EMU_CUDA) emu_bitnet_f32 emu_bitnet_bf16 emu_train_f32 t
 	dev/test/same_curve.sh ./train_bitnet ./emu_train_f32
 
 # ---------------------------------------------------------------------------------------------------------
+# Other instruction sets: the kernels of each that this CPU can run, and aarch64 through qemu's user emulation.
+
+KERNEL_TABLE = gemm_i8 gemm_float block_product packed_twin packed_sums screen dx_int8 threads
+
+ISA_avx2      = -mavx2 -mfma
+ISA_avxvnni   = -mavx2 -mfma -mavxvnni
+ISA_avx512    = -march=skylake-avx512
+ISA_vnni      = -march=icelake-server
+ISA_bf16      = -march=cooperlake
+# What /proc/cpuinfo calls it, newest first in each line of descent; the build for `make test` is the native one.
+ISA_FLAGS     = avx2:fma avxvnni:avx_vnni avx512:avx512bw vnni:avx512_vnni bf16:avx512_bf16
+ISAS          = $(foreach f,$(ISA_FLAGS),$(if $(shell grep -cw $(lastword $(subst :, ,$(f))) /proc/cpuinfo | grep -v '^0'),$(firstword $(subst :, ,$(f)))))
+
+test_bitnet_isa_%: $(TESTS)
+	$(CC) -O3 $(ISA_$*) -std=gnu11 $(WARN) $(OMP) -o $@ test_bitnet.c -lm
+
+testisa: $(addprefix test_bitnet_isa_,$(ISAS))
+	@$(if $(ISAS),,echo 'this CPU has none of: $(ISA_FLAGS)' >&2; exit 1)
+	for i in $(ISAS); do for t in $(KERNEL_TABLE); do ./test_bitnet_isa_$$i $$t || exit 1; done; done
+
+# Emulation is 15 times slower than the machine, so it runs what depends on the machine: kernels, ops, whole models, one program.
+# ARM_TABLE= runs all of the table, of which only tests that bound a time fail. armv8-a has no dot products and no bf16.
+ARM_CC    = aarch64-linux-gnu-gcc
+ARM_ROOT  = /usr/aarch64-linux-gnu
+ARM_QEMU  = $(firstword $(foreach q,qemu-aarch64-static qemu-aarch64,$(shell command -v $(q))))
+ARM_RUN   = $(ARM_QEMU) -cpu max -L $(ARM_ROOT)
+ARM_TABLE = exp_fast gemm_ dx_int8 block_product quant_ attention packed_ screen_bounds rows_alone threads_ops generate ref_ run_same_bits
+ARM_MISSING = $(if $(shell command -v $(ARM_CC)),$(if $(ARM_QEMU),,no qemu-aarch64: apt-get install qemu-user-static),\
+              no $(ARM_CC): apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross)
+
+define ARM_BUILD
+	@$(if $(strip $(ARM_MISSING)),echo '$(strip $(ARM_MISSING))' >&2; exit 1)
+	$(ARM_CC) -O3 -std=gnu11 $(WARN) -fopenmp
+endef
+
+train_bitnet_arm: train_bitnet.c $(HEADERS)
+	$(ARM_BUILD) -march=armv8.6-a -DBITNET_COMMIT='"$(COMMIT)"' -o $@ train_bitnet.c -lm
+
+test_bitnet_arm_v8 test_bitnet_arm_v86: test_bitnet_arm_%: $(TESTS)
+	$(ARM_BUILD) -march=$(if $(filter v8,$*),armv8-a,armv8.6-a) -o $@ test_bitnet.c -lm
+
+testarm: train_bitnet_arm test_bitnet_arm_v86 test_bitnet_arm_v8
+	for t in $(or $(ARM_TABLE),''); do BITNET_BINARY="$(ARM_RUN) ./train_bitnet_arm" $(ARM_RUN) ./test_bitnet_arm_v86 $$t || exit 1; done
+	for t in gemm_i8 packed_twin screen_bounds; do $(ARM_RUN) ./test_bitnet_arm_v8 $$t || exit 1; done
+
+# ---------------------------------------------------------------------------------------------------------
 clean:
 	rm -f train_bitnet test_bitnet test_float64 fuzz fuzz_asan train_bitnet_asan test_bitnet_asan train_bitnetcu test_bitnetcu \
-	  test_cuda_bf16 test_cuda_f32 cpu_ops.o $(BENCH_CUDA) $(EMU_CUDA) $(EMU_TESTS) emu_bitnet_f32 emu_bitnet_bf16 emu_train_f32
+	  test_cuda_bf16 test_cuda_f32 cpu_ops.o $(BENCH_CUDA) $(EMU_CUDA) $(EMU_TESTS) emu_bitnet_f32 emu_bitnet_bf16 emu_train_f32 \
+	  test_bitnet_isa_* train_bitnet_arm test_bitnet_arm_*
 
 help:
 	@echo "make train_bitnet   the program (CPU)"
@@ -195,5 +242,7 @@ help:
 	@echo "make benchcu        the main kernels in numbered versions, timed on the GPU"
 	@echo "make testemu        the tests of the CUDA code on the CPU, without a GPU or CUDA"
 	@echo "make compilecu      compile and link the CUDA code for sm_80 and sm_90"
+	@echo "make testisa        the kernels of every x86 instruction set that this CPU has"
+	@echo "make testarm        the tests on aarch64, cross-compiled and emulated (ARM_TABLE= for all of them)"
 	@echo "make clean          remove what was built"
 	@echo "variables: CC=clang MARCH= OPENMP=0 WERROR=1"

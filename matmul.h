@@ -8,8 +8,10 @@ What it is:  three products, the large ones packed into panels and blocked for r
                block_product   what attention multiplies: small blocks that the caller has packed
              in several kernels, chosen when the program is compiled for the machine's instructions:
                fp32      vectors of the compiler, any machine           int8   plain C, any machine
-               bf16      AVX-512 BF16, 2 products a lane                       AVX-512 VNNI, 4 products a lane
+               bf16      AVX-512 BF16, 2 products a lane                       vectors.h: AVX-512, AVX-VNNI, AVX2, NEON
+               bf16      ARM BF16, 2 x 2 x 4 in one instruction
                bf16      AMX, 16 x 16 x 32 in one instruction                  AMX, 16 x 16 x 64 in one instruction
+             Without bf16 instructions the fp32 kernel multiplies numbers that were rounded to bf16 when they were packed.
 What not:    no policy and no shapes of the network; train_bitnet.c decides what is multiplied by what.
 Read before: bitnet/ops.h.
 Defines:     exp_fast; Product, gemm, gemm_scratch_bytes; pack_left, pack_right, left_put,
@@ -33,6 +35,7 @@ any kernel may take any part.
 #include "bitnet/ops.h"
 #include "bitnet/utils.h"
 #include "quant.h"
+#include "vectors.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -47,6 +50,9 @@ any kernel may take any part.
 #include <sys/syscall.h>
 #define BITNET_AMX 1
 #endif
+#elif defined(__aarch64__) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && !defined(BITNET_SCALAR) && !defined(BITNET_FLOAT64)
+#define BITNET_BF16 1
+#define BITNET_BFMMLA 1
 #endif
 
 // Vectors through the compiler's own extension: one source for SSE, AVX, AVX-512 and NEON. VL floats in a vector; a tile is MR
@@ -351,7 +357,7 @@ static const Kernel kernel_f32 = {MR, NR, 256, 1, sizeof(float), 192, 384, pack_
 
 // ---- bf16: two neighbouring k share a 32-bit word; panels are words ----
 
-#ifdef BITNET_BF16
+#if defined(BITNET_BF16) && !defined(BITNET_BFMMLA)
 // One operand as packing sees it: element (x, k), where x is a row of A or a column of B. One of the strides is 1.
 typedef struct {
   const float *f;       // floats, or
@@ -480,6 +486,78 @@ static void tile_bf16(float *c, size_t ldc, int load, const void *a_panel, const
 }
 
 static const Kernel kernel_bf16 = {BF_MR, 32, 256, 32, 2, 192, 384, pack_a_bf16, pack_b_bf16, tile_bf16, 0};
+#endif
+
+// ---- bf16 of ARM: one instruction multiplies 2 rows of four k by 2 columns ----
+
+#ifdef BITNET_BFMMLA
+enum { BF_MR = 8 };   // rows and columns: 16 accumulators of 2 x 2, 4 pairs of rows and 4 of columns
+
+// Panels of A and of B: [kc/4][8 rows or columns][4]. Element (x, k) lies at x*sx + k*sk in f, in codes q or in bf16 h. Inlined, so
+// that two of the three are known not to be there.
+static inline __attribute__((always_inline)) void pack_fours(uint16_t *RESTRICT out, const float *f, const int8_t *q, const uint16_t *h,
+                                                             size_t sx, size_t sk, size_t nx, size_t nk, const float *scale) {
+  if (nx > BF_MR) nx = BF_MR;
+  if (nx < BF_MR || nk % 4) memset(out, 0, (nk + 3) / 4 * BF_MR * 4 * sizeof *out);
+  for (size_t k = 0; k < nk; k++) {
+    for (size_t x = 0; x < nx; x++) {
+      size_t at = x * sx + k * sk;
+      float v = f ? f[at] : q ? (float)q[at] : float_of_half(h[at]);
+      out[(k / 4 * BF_MR + x) * 4 + k % 4] = half_of_float(round_bf16(scale ? v * scale[k] : v));
+    }
+  }
+}
+
+static void pack_a_bf16(void *panel, const Product *g, size_t i0, size_t p0, size_t kc) {
+  const float *a = g->A + i0 * g->a_row + p0 * g->a_col;
+  if (g->a_scale) pack_fours((uint16_t *)panel, a, NULL, NULL, g->a_row, g->a_col, g->M - i0, kc, g->a_scale + p0);
+  else pack_fours((uint16_t *)panel, a, NULL, NULL, g->a_row, g->a_col, g->M - i0, kc, NULL);
+}
+
+static void pack_b_bf16(void *panel, const Product *g, size_t j0, size_t p0, size_t kc) {
+  size_t first = p0 * g->b_row + j0 * g->b_col;
+  if (g->B) pack_fours((uint16_t *)panel, g->B + first, NULL, NULL, g->b_col, g->b_row, g->N - j0, kc, NULL);
+  else if (g->B_half) pack_fours((uint16_t *)panel, NULL, NULL, g->B_half + first, g->b_col, g->b_row, g->N - j0, kc, NULL);
+  else pack_fours((uint16_t *)panel, NULL, g->B_codes + first, NULL, g->b_col, g->b_row, g->N - j0, kc, NULL);
+}
+
+// acc[i][j]: rows 2i, 2i+1 of columns 2j, 2j+1.
+static void tile_bf16(float *c, size_t ldc, int load, const void *a_panel, const void *b_panel, size_t kc) {
+  const bfloat16_t *a = (const bfloat16_t *)a_panel, *b = (const bfloat16_t *)b_panel;
+  float32x4_t acc[4][4];
+#pragma GCC unroll 4
+  for (size_t i = 0; i < 4; i++) {
+#pragma GCC unroll 2
+    for (size_t j = 0; j < 4; j += 2) {
+      const float *at = c + 2 * i * ldc + 2 * j;
+      float32x4_t zero = vdupq_n_f32(0), even = load ? vld1q_f32(at) : zero, odd = load ? vld1q_f32(at + ldc) : zero;
+      acc[i][j] = vcombine_f32(vget_low_f32(even), vget_low_f32(odd));
+      acc[i][j + 1] = vcombine_f32(vget_high_f32(even), vget_high_f32(odd));
+    }
+  }
+  for (size_t k = 0; k < kc; k += 4, a += 32, b += 32) {
+    bfloat16x8_t columns[4];
+#pragma GCC unroll 4
+    for (size_t j = 0; j < 4; j++) columns[j] = vld1q_bf16(b + 8 * j);
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; i++) {
+      bfloat16x8_t rows = vld1q_bf16(a + 8 * i);
+#pragma GCC unroll 4
+      for (size_t j = 0; j < 4; j++) acc[i][j] = vbfmmlaq_f32(acc[i][j], rows, columns[j]);
+    }
+  }
+#pragma GCC unroll 4
+  for (size_t i = 0; i < 4; i++) {
+#pragma GCC unroll 2
+    for (size_t j = 0; j < 4; j += 2) {
+      float *at = c + 2 * i * ldc + 2 * j;
+      vst1q_f32(at, vcombine_f32(vget_low_f32(acc[i][j]), vget_low_f32(acc[i][j + 1])));
+      vst1q_f32(at + ldc, vcombine_f32(vget_high_f32(acc[i][j]), vget_high_f32(acc[i][j + 1])));
+    }
+  }
+}
+
+static const Kernel kernel_bf16 = {BF_MR, BF_MR, 256, 4, 2, 192, 384, pack_a_bf16, pack_b_bf16, tile_bf16, 0};
 #endif
 
 #ifdef BITNET_AMX
@@ -743,11 +821,15 @@ static void transpose(float *y, size_t stride, const float *x, size_t ldx, size_
 // One element (i, p) of a left operand with K columns (=).
 static inline void left_put(const Kernel *k, void *left, size_t K, size_t i, size_t p, float x, int precision) {
   char *panel = (char *)left + left_bytes(k, i / k->mr * k->mr, K);
+#ifdef BITNET_BFMMLA
+  size_t run = 4;                   // values of k that lie side by side in a bf16 panel
+#else
+  size_t run = k->amx ? 32 : 2;
+#endif
   i %= k->mr;
   if (precision == PRECISION_BF16) x = round_bf16(x);
   if (k->bytes == sizeof(float)) ((float *)panel)[p * k->mr + i] = x;
-  else if (k->amx) ((uint16_t *)panel)[(p / 32 * k->mr + i) * 32 + p % 32] = half_of_float(x);
-  else ((uint16_t *)panel)[(p / 2 * k->mr + i) * 2 + p % 2] = half_of_float(x);
+  else ((uint16_t *)panel)[(p / run * k->mr + i) * run + p % run] = half_of_float(x);
 }
 
 // c, rows ldc apart: = left right, or += where load is set. It is written in whole tiles: M and N rounded up to mr and nr. The left
@@ -865,34 +947,45 @@ UNUSED static inline void tile_i8_scalar(int32_t *sums, const int8_t *q, const u
   }
 }
 
-#ifdef BITNET_VNNI
+#ifdef IVEC
 static inline __attribute__((always_inline)) void tile_i8(int32_t *sums, const int8_t *q, const uint8_t *panels, size_t K,
                                                           const int rows, const int n_panels) {
-  size_t groups = ternary_groups(K), full = K / 4;
-  __m512i acc[I8_ROWS][4];
+  const int parts = 64 / IVEC, most = rows == 1 ? 8 : TILE_VECTORS, vectors = n_panels * parts < most ? n_panels * parts : most;
+  size_t groups = ternary_groups(K), used = (K + 3) / 4;
+  int8_t last[I8_ROWS * 4] = {0};   // the activations of an incomplete group
+  for (int i = 0; i < rows && K % 4; i++) memcpy(last + 4 * i, q + (size_t)i * K + K / 4 * 4, K % 4);
+  for (int v0 = 0; v0 < n_panels * parts; v0 += vectors) {
+    for (size_t first = 0; first < used; first += TERNARY_STEPS) {
+      size_t end = used - first < TERNARY_STEPS ? used : first + TERNARY_STEPS;
+      ivec acc[I8_ROWS][8];
 #pragma GCC unroll 8
-  for (int i = 0; i < rows; i++) {
-#pragma GCC unroll 4
-    for (int j = 0; j < n_panels; j++) acc[i][j] = _mm512_setzero_si512();
-  }
-  for (size_t g = 0; g < (K + 3) / 4; g++) {
-    __m512i w[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < n_panels; j++) w[j] = _mm512_loadu_si512(panels + ((size_t)j * groups + g) * 64);
+      for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; i++) {
-      int32_t word;
-      if (g < full) memcpy(&word, q + (size_t)i * K + 4 * g, 4);
-      else word = four_codes(q + (size_t)i * K, 4 * g, K);
-      __m512i a = _mm512_set1_epi32(word);
-#pragma GCC unroll 4
-      for (int j = 0; j < n_panels; j++) acc[i][j] = _mm512_dpbusd_epi32(acc[i][j], w[j], a);
+        for (int v = 0; v < vectors; v++) acc[i][v] = ivec_zero();
+      }
+      for (size_t g = first; g < end; g++) {
+        const int8_t *a = g < K / 4 ? q + 4 * g : last;
+        size_t apart = g < K / 4 ? K : 4;
+        ivec w[8];
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++)
+          w[v] = ivec_load(panels + ((size_t)((v0 + v) / parts) * groups + g) * 64 + (v0 + v) % parts * IVEC);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+          ifour four = ivec_four(a + (size_t)i * apart);
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; v++) acc[i][v] = ivec_ternary(acc[i][v], w[v], four);
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) {
+          int32_t *out = sums + (i * n_panels + (v0 + v) / parts) * I8_WIDTH + (v0 + v) % parts * (IVEC / 4);
+          ivec_store(out, ivec_ternary_sum(first > 0 ? ivec_load(out) : ivec_zero(), acc[i][v]));
+        }
+      }
     }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; i++) {
-#pragma GCC unroll 4
-    for (int j = 0; j < n_panels; j++) _mm512_storeu_si512(sums + (i * n_panels + j) * I8_WIDTH, acc[i][j]);
   }
 }
 #else
@@ -1147,8 +1240,15 @@ static void gemm_i8_rounded(float *dx, const float *dy, const float *gamma, cons
 // ---------------------------------------------------------------------------------------------------------
 /*
 What the machine can do: the innermost instruction of each kernel in a loop that touches no memory. Each returns the operations of one
-call of `steps` steps; the caller times it on all threads at once. *sink keeps the compiler from dropping the work.
+call of `steps` steps; the caller times it on all threads at once. *sink keeps the compiler from dropping the work, PEAK_KEEP from seeing
+that all of it is the same.
 */
+#ifdef __aarch64__
+#define PEAK_KEEP(vector) __asm__ volatile("" : "+w"(vector))
+#else
+#define PEAK_KEEP(vector) __asm__ volatile("" : "+v"(vector))
+#endif
+
 static double peak_loop_f32(size_t steps, float *sink) {
   vfloat acc[MR][2], x = {0}, y = {0};
   x += *sink;
@@ -1162,6 +1262,7 @@ static double peak_loop_f32(size_t steps, float *sink) {
       acc[i][1] = acc[i][1] * x + y;
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < MR; i++) *sink += (acc[i][0] + acc[i][1])[0];
   return 2.0 * (double)steps * MR * 2 * VL;
 }
@@ -1181,19 +1282,42 @@ static double peak_loop_bf16(size_t steps, float *sink) {
     return 2.0 * (double)steps * 4 * 16 * 16 * 32;
   }
 #endif
-#ifdef BITNET_BF16
+#ifdef BITNET_BFMMLA
+  float32x4_t acc[16];
+  bfloat16x8_t x = vreinterpretq_bf16_f32(vdupq_n_f32(*sink));
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) {
+    float32x4_t zero = vdupq_n_f32(0);
+    PEAK_KEEP(zero);
+    acc[i] = zero;
+  }
+  for (size_t s = 0; s < steps; s++) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+      acc[i] = vbfmmlaq_f32(acc[i], x, x);
+      PEAK_KEEP(x);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) *sink += vaddvq_f32(acc[i]);
+  return 2.0 * (double)steps * 16 * 16;
+#elif defined(BITNET_BF16)
   __m512 acc[16];
   __m512i x = _mm512_set1_epi32((int)*sink);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) {
-    acc[i] = _mm512_setzero_ps();
-    __asm__ volatile("" : "+v"(acc[i]));   // else the compiler sees that all are the same
+    __m512 zero = _mm512_setzero_ps();
+    PEAK_KEEP(zero);
+    acc[i] = zero;
   }
   for (size_t s = 0; s < steps; s++) {
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)x, (__m512bh)x);
-    __asm__ volatile("" : "+v"(x));
+    for (int i = 0; i < 16; i++) {
+      acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)x, (__m512bh)x);
+      PEAK_KEEP(x);
+    }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i++) *sink += _mm512_reduce_add_ps(acc[i]);
   return 2.0 * (double)steps * 16 * 32;
 #else
@@ -1216,20 +1340,32 @@ static double peak_loop_i8(size_t steps, float *sink) {
     return 2.0 * (double)steps * 4 * 16 * 16 * 64;
   }
 #endif
-#ifdef BITNET_VNNI
-  __m512i acc[16], x = _mm512_set1_epi32((int)*sink);
+#ifdef IVEC
+  enum { SUMS = TERNARY_STEPS < 64 ? 8 : 12 };   // enough to hide the latency of one sum
+  int8_t seed[IVEC];
+  memset(seed, (int)*sink, sizeof seed);
+  ivec acc[SUMS], x = ivec_load(seed);
+  ifour y = ivec_four(seed);
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) {
-    acc[i] = x;
-    __asm__ volatile("" : "+v"(acc[i]));
+  for (int i = 0; i < SUMS; i++) {
+    ivec zero = ivec_zero();
+    PEAK_KEEP(zero);
+    acc[i] = zero;
   }
   for (size_t s = 0; s < steps; s++) {
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) acc[i] = _mm512_dpbusd_epi32(acc[i], x, x);
-    __asm__ volatile("" : "+v"(x));
+    for (int i = 0; i < SUMS; i++) {
+      acc[i] = ivec_ternary(acc[i], x, y);
+      PEAK_KEEP(x);
+    }
   }
-  for (int i = 0; i < 16; i++) *sink += (float)_mm512_reduce_add_epi32(acc[i]);
-  return 2.0 * (double)steps * 16 * 64;
+#pragma GCC unroll 16
+  for (int i = 0; i < SUMS; i++) {
+    int32_t lanes[IVEC / 4];
+    ivec_store(lanes, acc[i]);
+    *sink += (float)lanes[0];
+  }
+  return 2.0 * (double)steps * SUMS * IVEC;
 #else
   return peak_loop_f32(steps, sink);
 #endif

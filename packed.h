@@ -6,7 +6,7 @@ What it is:  ternary weights packed into 2 bits or less, multiplied without bein
              the classifier for few rows; and its screen, a 6-bit copy that finds the largest logit while nearly all of the exact
              table stays unread.
 What not:    nothing of training, and no choice of what is packed; train_bitnet.c decides that.
-Read before: bitnet/ops.h, matmul.h.
+Read before: bitnet/ops.h, vectors.h, matmul.h.
 Defines:     packed_bytes, packed_set_row, packed_get_row, packed_i8, packed_scratch_bytes; gemm_few, gemm_few_scratch_bytes;
              Screen, screen_bytes, screen_at, screen_set_row, screen_argmax, screen_scratch_bytes.
 
@@ -19,67 +19,6 @@ over each position is divided by 1, 4, 16 or 64 at the end, exactly.
 #define BITNET_PACKED_H
 
 #include "matmul.h"
-#if defined(__AVX2__) && !defined(BITNET_SCALAR)
-#include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD) && !defined(BITNET_SCALAR)
-#include <arm_neon.h>
-#endif
-
-// ---------------------------------------------------------------------------------------------------------
-/*
-A vector of bytes, or of the int32 that four bytes add up to, in the machine's integer registers:
-    ivec_dot(acc, u, s)   acc[i] += sum of u[4i+j] * s[4i+j], j < 4: u unsigned, at most 127 except where TOP_BITS is 6; s signed
-    ivec_top(v)           the two highest bits of each byte, times 2^TOP_BITS
-    ivec_four(p)          the four bytes at p, repeated
-Without such registers IVEC is not defined, and the plain twin below each kernel does the work.
-*/
-#if defined(BITNET_VNNI)
-#define IVEC 64
-enum { TOP_BITS = 6 };
-typedef __m512i ivec;
-static inline ivec ivec_zero(void) { return _mm512_setzero_si512(); }
-static inline ivec ivec_load(const void *p) { return _mm512_loadu_si512(p); }
-static inline void ivec_store(void *p, ivec v) { _mm512_storeu_si512(p, v); }
-static inline ivec ivec_and(ivec v, int byte) { return _mm512_and_si512(v, _mm512_set1_epi8((char)byte)); }
-static inline ivec ivec_top(ivec v) { return ivec_and(v, 0xC0); }
-static inline ivec ivec_four(const int8_t *p) { int32_t w; memcpy(&w, p, 4); return _mm512_set1_epi32(w); }
-static inline ivec ivec_dot(ivec acc, ivec u, ivec s) { return _mm512_dpbusd_epi32(acc, u, s); }
-static inline ivec ivec_add(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
-#define ivec_down(v, bits) _mm512_srai_epi32(v, bits)
-#define ivec_up(v, bits) _mm512_slli_epi32(v, bits)
-#elif defined(__AVX2__) && !defined(BITNET_SCALAR)
-#define IVEC 32
-enum { TOP_BITS = 0 };
-typedef __m256i ivec;
-static inline ivec ivec_zero(void) { return _mm256_setzero_si256(); }
-static inline ivec ivec_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
-static inline void ivec_store(void *p, ivec v) { _mm256_storeu_si256((__m256i *)p, v); }
-static inline ivec ivec_and(ivec v, int byte) { return _mm256_and_si256(v, _mm256_set1_epi8((char)byte)); }
-static inline ivec ivec_top(ivec v) { return ivec_and(_mm256_srli_epi16(v, 6), 3); }
-static inline ivec ivec_four(const int8_t *p) { int32_t w; memcpy(&w, p, 4); return _mm256_set1_epi32(w); }
-static inline ivec ivec_dot(ivec acc, ivec u, ivec s) {   // two products fit 16 bits, as u is at most 127
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
-}
-static inline ivec ivec_add(ivec a, ivec b) { return _mm256_add_epi32(a, b); }
-#define ivec_down(v, bits) _mm256_srai_epi32(v, bits)
-#define ivec_up(v, bits) _mm256_slli_epi32(v, bits)
-#elif defined(__ARM_FEATURE_DOTPROD) && !defined(BITNET_SCALAR)
-#define IVEC 16
-enum { TOP_BITS = 0 };
-typedef uint8x16_t ivec;
-static inline ivec ivec_zero(void) { return vdupq_n_u8(0); }
-static inline ivec ivec_load(const void *p) { return vld1q_u8((const uint8_t *)p); }
-static inline void ivec_store(void *p, ivec v) { vst1q_u8((uint8_t *)p, v); }
-static inline ivec ivec_and(ivec v, int byte) { return vandq_u8(v, vdupq_n_u8((uint8_t)byte)); }
-static inline ivec ivec_top(ivec v) { return vshrq_n_u8(v, 6); }
-static inline ivec ivec_four(const int8_t *p) { uint32_t w; memcpy(&w, p, 4); return vreinterpretq_u8_u32(vdupq_n_u32(w)); }
-static inline ivec ivec_dot(ivec acc, ivec u, ivec s) {
-  return vreinterpretq_u8_s32(vdotq_s32(vreinterpretq_s32_u8(acc), vreinterpretq_s8_u8(u), vreinterpretq_s8_u8(s)));
-}
-static inline ivec ivec_add(ivec a, ivec b) { return vreinterpretq_u8_s32(vaddq_s32(vreinterpretq_s32_u8(a), vreinterpretq_s32_u8(b))); }
-#define ivec_down(v, bits) ((bits) ? vreinterpretq_u8_s32(vshrq_n_s32(vreinterpretq_s32_u8(v), (bits) ? (bits) : 1)) : (v))
-#define ivec_up(v, bits) vreinterpretq_u8_s32(vshlq_n_s32(vreinterpretq_s32_u8(v), bits))
-#endif
 
 // ---------------------------------------------------------------------------------------------------------
 /*
@@ -277,7 +216,7 @@ static inline __attribute__((always_inline)) void packed_rows_fixed(int32_t *sum
           for (int f = 0; f < FIELDS; f++) {
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
-              ivec four = ivec_four(x + (size_t)r * stride + 4 * (i * FIELDS + f));
+              ifour four = ivec_four(x + (size_t)r * stride + 4 * (i * FIELDS + f));
 #pragma GCC unroll 2
               for (int p = 0; p < panels; p++) acc[p][r][f] = ivec_dot(acc[p][r][f], field_of(v[p][i], f), four);
             }

@@ -91,8 +91,12 @@ const char *dev_name(void) {
   const char *isa = "AVX-512 VNNI";
 #elif defined(__AVX512F__)
   const char *isa = "AVX-512";
+#elif defined(__AVX2__) && defined(__AVXVNNI__)
+  const char *isa = "AVX2 VNNI";
 #elif defined(__AVX2__)
   const char *isa = "AVX2";
+#elif defined(BITNET_BFMMLA)
+  const char *isa = "NEON bf16";
 #elif defined(__aarch64__)
   const char *isa = "NEON";
 #else
