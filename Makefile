@@ -97,7 +97,7 @@ CUBLAS_SO   = $(firstword $(wildcard $(foreach d,lib64 lib lib/x86_64-linux-gnu 
 CUDA_FLAGS = $(if $(FP32),-DBITNET_FLOATX_F32) -std=c++17 -O3 -arch=$(ARCH) -I. -I$(CUBLAS_ROOT)/include -DBITNET_COMMIT='"$(COMMIT)"' \
              $(if $(WERROR),-Werror all-warnings) -Xcompiler -Wall$(comma)-Wextra$(if $(WERROR),$(comma)-Werror)
 CUDA_LIBS  = -Xlinker $(CUBLAS_SO) -Xlinker -rpath$(comma)$(dir $(CUBLAS_SO))
-CUDA_SOURCE = train_bitnet.cu attention.cuh $(HEADERS)
+CUDA_SOURCE = train_bitnet.cu $(wildcard *.cuh) $(HEADERS)
 comma      = ,
 
 # One line that says what is missing; nothing if all is there.

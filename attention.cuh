@@ -3,7 +3,7 @@ attention.cuh: attention on the GPU: training forward and backward, and decoding
 
 What it is:  a chapter of train_bitnet.cu in a file of its own, included there at its place in the network. Tensor-core kernels
              for bf16 heads of 64 and 128, plain kernels for every other head size and for fp32, and the launchers that choose.
-What not:    the mathematics: train_bitnet.c derives it. Instructions and fragments: train_bitnet.cu, "Tensor core instructions".
+What not:    the mathematics: train_bitnet.c derives it. Instructions and fragments: products.cuh, "Tensor core instructions".
 Read before: train_bitnet.cu up to this place.
 Defines:     attention_forward, attention_backward, attention_cached of bitnet/ops.h.
 */

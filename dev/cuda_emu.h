@@ -432,7 +432,7 @@ EMU_FN int __dp4a(int a, int b, int c) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// The instructions that train_bitnet.cu wraps in inline assembly; the layouts are those of the PTX manual. g = lane / 4, t = lane % 4.
+// The instructions that products.cuh wraps in inline assembly; the layouts are those of the PTX manual. g = lane / 4, t = lane % 4.
 
 // One element of a fragment register of another lane.
 EMU_FN float emu_bf16_of(const unsigned char *slots, int lane, int word, int half) {

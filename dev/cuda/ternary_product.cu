@@ -8,7 +8,7 @@ ternary_product.cu: y = q w' for a few rows of int8 activations and a ternary ma
                                     unpacked word serves 8 rows of activations
 
 The measure is the memory: each weight is read once, 1 byte in versions 1 and 2, a quarter of it in 3 and 4.
-Read before: versions.cuh; ternary_forward_kernel in train_bitnet.cu.
+Read before: versions.cuh; ternary_forward_kernel in products.cuh.
 */
 #include "versions.cuh"
 

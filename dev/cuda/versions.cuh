@@ -6,7 +6,7 @@ What it is:  each file here takes one operation and writes it several times, fro
              on the CPU. `make benchcu` builds and runs all files on a GPU and prints time and share of the machine's peak;
              dev/cuda_emu.h compiles and checks them without one (small sizes, no times).
 What not:    no tests of edges and odd shapes: dev/test/test_cuda.cu.
-Read before: bitnet/ops.h, and the kernel of the same name in train_bitnet.cu.
+Read before: bitnet/ops.h, and the kernel of the same name in train_bitnet.cu or products.cuh.
 Defines:     Floats, Dev, normals; bench_start, bench_version, bench_end.
 */
 #define TESTING
