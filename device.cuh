@@ -369,6 +369,11 @@ static size_t rounded(size_t bytes) {
   return (bytes + 255) / 256 * 256;
 }
 
+// Rows and columns of integer operands are filled up to multiples of 16: products.cuh, "Integer products", tells why.
+__host__ __device__ inline size_t padded(size_t n) {
+  return (n + 15) / 16 * 16;
+}
+
 static size_t smaller(size_t a, size_t b) {
   return a < b ? a : b;
 }
@@ -383,14 +388,14 @@ int ops_row_block(void) {
 }
 
 size_t ops_scratch_bytes(size_t R, size_t N, size_t K) {
-  size_t sums = smaller(R * N * sizeof(float), larger(sums_bytes, N * sizeof(float)));
-  size_t codes = smaller(N * K, larger(operand_bytes, 16 * K));
-  size_t forward = rounded(sums) + rounded(codes);
+  size_t Np = padded(N), Kp = padded(K), row = larger(Np * sizeof(int32_t) + Kp, Kp * sizeof(int32_t) + Np + sizeof(float));
+  size_t integer = rounded(smaller(R * row, larger(sums_bytes, row))) + 3 * 256;
+  size_t codes = rounded(smaller(Np * Kp, larger(operand_bytes, 16 * Kp)));
   size_t rows = smaller(R * (N + 2 * K) * sizeof(float), larger(operand_bytes, (N + 2 * K) * sizeof(float)));
   size_t weights = smaller(N * K * sizeof(float), larger(operand_bytes, K * sizeof(float)));
   size_t gains = smaller(R, MAX_CHUNKS) * 2 * K * sizeof(float), biases = smaller(R, BIAS_CHUNKS) * N * sizeof(float);
   size_t tokens = 2 * rounded(R * sizeof(int));
-  size_t most = larger(larger(forward, rows + weights + 256 * 4), larger(gains, biases));
+  size_t most = larger(larger(integer + codes, rows + weights + 256 * 4), larger(gains, biases));
   return rounded(larger(most, tokens)) + 256;
 }
 

@@ -115,7 +115,13 @@ static void product(const Product *p) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Integer products.
+/*
+Integer products. What the library asks of int8 x int8 -> int32 in ordinary row or column order (its manual, cublasLtMatmul, "IMMA
+kernels"): the index that is summed over runs along memory in both operands; its length, the number of outputs, the distances of rows and
+all addresses are multiples of 4. Multiples of 16 are faster, and they are what we give it whatever the shape: weights are stored
+padded, int32 sums come padded, and activations whose rows are no multiple of 16 long (an FFN of 5,460) are copied to padded rows first.
+Zeros change no sum, so the bits are those of the unpadded product.
+*/
 
 // The one way in which a sum becomes an output; every path must round alike, so nothing here may be fused by the compiler.
 __device__ inline float finished(float sum, float scale, const float *bias, const floatX *residual) {
@@ -125,20 +131,20 @@ __device__ inline float finished(float sum, float scale, const float *bias, cons
   return v;
 }
 
-// `cols` columns of out [R,N] from the int32 sums [R,cols] of cuBLASLt; all pointers start at the first of them. One block walks along
-// a row.
+// `cols` columns of out [R,N] from the int32 sums of cuBLASLt, `stride` in a row; all pointers start at the first of them. gamma, bias
+// and residual may be NULL. One block walks along a row.
 template <int W>
-__global__ void finish_forward_kernel(floatX *out, const int32_t *sums, const float *s, const float *gamma, const float *bias,
-                                      const floatX *residual, int N, int cols) {
+__global__ void finish_kernel(floatX *out, const int32_t *sums, const float *s, const float *gamma, const float *bias,
+                              const floatX *residual, int N, int cols, int stride) {
   size_t r = blockIdx.x;
   float scale = s[r];
   for (int n = threadIdx.x * W; n < cols; n += blockDim.x * W) {
     size_t at = r * N + n;
     float v[W], g[W];
-    load<W>(v, sums + r * cols + n);
-    load<W>(g, gamma + n);
+    load<W>(v, sums + r * stride + n);
+    if (gamma) load<W>(g, gamma + n);
     for (int w = 0; w < W; w++) {
-      v[w] = finished(v[w], __fmul_rn(scale, g[w]), bias ? bias + n + w : NULL, residual ? residual + at + w : NULL);
+      v[w] = finished(v[w], gamma ? __fmul_rn(scale, g[w]) : scale, bias ? bias + n + w : NULL, residual ? residual + at + w : NULL);
     }
     store<W>(out + at, v);
   }
@@ -267,36 +273,57 @@ ternary_forward_kernel(floatX *out, const int8_t *q, const float *s, const uint4
 
 enum { DECODE_ROWS = 64, BLAS_ROWS = 1024 };
 
+// out (=) [rows,stride] = in [rows,K], zeros behind each row; T is one code or four.
+template <class T>
+__global__ void pad_rows_kernel(T *out, const T *in, int K, int stride) {
+  size_t r = blockIdx.x;
+  for (int k = threadIdx.x; k < stride; k += blockDim.x) out[r * stride + k] = k < K ? in[r * K + k] : 0;
+}
+
+static void pad_rows(int8_t *out, const int8_t *in, int rows, int K, int stride) {
+  if (K % 4 == 0) LAUNCH(pad_rows_kernel<uint32_t>, (unsigned)rows, 256, 0, (uint32_t *)out, (const uint32_t *)in, K / 4, stride / 4);
+  else LAUNCH(pad_rows_kernel<int8_t>, (unsigned)rows, 256, 0, out, in, K, stride);
+}
+
+// sums (=) [M,N] = a b' for codes a [M,K] and b [N,K]; N and K are padded. Returns false if the library has no kernel for that.
+static bool integer_sums(int32_t *sums, const int8_t *a, const int8_t *b, int M, int N, int K) {
+  Product p = {};
+  p.M = M, p.N = N, p.K = K;
+  p.in = CUDA_R_8I, p.out = CUDA_R_32I;
+  p.A = a, p.lda = (size_t)K;
+  p.B = b, p.ldb = (size_t)K, p.b_trans = true;
+  p.D = sums, p.ldd = (size_t)N;
+  return blas_product(&p);
+}
+
 /*
 Many rows, through cuBLASLt: int32 sums of a bounded number of rows and outputs at a time, then scales. Packed weights are unpacked to
-int8 for that, a bounded number of outputs at a time. Returns false if the library has no kernel for such a product.
+int8 for that, a bounded number of outputs at a time. Returns false if the library has no kernel, against its manual; our own kernel
+then computes the same bits, slower.
 */
 static bool blas_integer_forward(floatX *out, const QAct *x, const BitWeight *w, const floatX *residual, int R) {
-  int N = w->N, K = w->K, rows = rows_at_a_time(sums_bytes, (size_t)N * sizeof(int32_t), R), cols = N;
+  int N = w->N, K = w->K, Np = (int)padded((size_t)N), Kp = (int)padded((size_t)K), cols = Np;
+  int rows = rows_at_a_time(sums_bytes, (size_t)Np * sizeof(int32_t) + (size_t)Kp, R);
   scratch_start();
-  int32_t *sums = (int32_t *)scratch_take((size_t)rows * N * sizeof(int32_t));
-  int8_t *unpacked = NULL;
+  int32_t *sums = (int32_t *)scratch_take((size_t)rows * Np * sizeof(int32_t));
+  int8_t *codes = K < Kp ? (int8_t *)scratch_take((size_t)rows * Kp) : NULL, *unpacked = NULL;
   if (w->packed) {
-    size_t most = operand_bytes / (size_t)K / TILE_N * TILE_N;   // whole tiles
-    cols = (int)smaller((size_t)N, larger(most, TILE_N));
-    unpacked = (int8_t *)scratch_take((size_t)cols * K);
+    size_t most = operand_bytes / (size_t)Kp / TILE_N * TILE_N;   // whole tiles
+    cols = (int)smaller((size_t)Np, larger(most, TILE_N));
+    unpacked = (int8_t *)scratch_take((size_t)cols * Kp);
   }
   for (int n0 = 0; n0 < N; n0 += cols) {
-    int n = N - n0 < cols ? N - n0 : cols;
-    if (w->packed) unpack_rows(unpacked, w, n0, n);
+    int n = N - n0 < cols ? N - n0 : cols, np = (int)padded((size_t)n);
+    if (w->packed) unpack_rows(unpacked, w, n0, np, Kp);
     for (int r0 = 0; r0 < R; r0 += rows) {
       int m = R - r0 < rows ? R - r0 : rows;
       size_t at = (size_t)r0 * N + n0;
-      Product p = {};
-      p.M = m, p.N = n, p.K = K;
-      p.in = CUDA_R_8I, p.out = CUDA_R_32I;
-      p.A = (const int8_t *)x->data + (size_t)r0 * K, p.lda = (size_t)K;
-      p.B = w->packed ? unpacked : weight_codes(w), p.ldb = (size_t)K, p.b_trans = true;
-      p.D = sums, p.ldd = (size_t)n;
-      if (!blas_product(&p)) return false;
+      const int8_t *q = (const int8_t *)x->data + (size_t)r0 * K;
+      if (codes) pad_rows(codes, q, m, K, Kp);
+      if (!integer_sums(sums, codes ? codes : q, w->packed ? unpacked : weight_codes(w), m, np, Kp)) return false;
       bool wide = N % 8 == 0 && n % 8 == 0;
-      LAUNCH_WIDTH(wide, finish_forward_kernel, (unsigned)m, row_threads(n, wide), 0, out + at, sums, x->s + r0, w->gamma + n0,
-                   w->bias ? w->bias + n0 : NULL, residual ? residual + at : NULL, N, n);
+      LAUNCH_WIDTH(wide, finish_kernel, (unsigned)m, row_threads(n, wide), 0, out + at, sums, x->s + r0, w->gamma + n0,
+                   w->bias ? w->bias + n0 : NULL, residual ? residual + at : NULL, N, n, np);
     }
   }
   return true;
@@ -304,7 +331,7 @@ static bool blas_integer_forward(floatX *out, const QAct *x, const BitWeight *w,
 
 static void integer_forward(floatX *out, const QAct *x, const BitWeight *w, const floatX *residual, int R) {
   int N = w->N, K = w->K;
-  if (R > DECODE_ROWS && N % 4 == 0 && K % 4 == 0 && blas_integer_forward(out, x, w, residual, R)) return;
+  if (R > DECODE_ROWS && blas_integer_forward(out, x, w, residual, R)) return;
   unsigned cols = blocks_for((size_t)N, TILE_N), threads = TERNARY_WARPS * WARP;
   dim3 one(cols, blocks_for((size_t)R, 8)), four(cols, blocks_for((size_t)R, 32)), eight(cols, blocks_for((size_t)R, 64));
   const int8_t *q = (const int8_t *)x->data;
@@ -508,7 +535,7 @@ void bitlinear_forward(floatX *out, const QAct *x, const BitWeight *w, const flo
   } else if (w->packed) {
     die(EXIT_FAILED, "bug: packed weights multiply int8 activations only");
   } else if (ternary) {
-    if (fp32) matmul_f32(out, values, weight_codes(w), w->gamma, w->bias, residual, R, N, K);
+    if (fp32) matmul_f32(out, values, weight_bf16_codes(w), w->gamma, w->bias, residual, R, N, K);
     else matmul_bf16(out, values, weight_bf16_codes(w), w->gamma, w->bias, residual, R, N, K);
   } else if (fp32) {
     matmul_f32(out, values, (const floatX *)w->data, (const float *)NULL, w->bias, residual, R, N, K);
@@ -565,7 +592,8 @@ static const void *operand_rows(const Operand *o, int r0, int rows, int K, cudaD
   const float *scale = o->scale ? o->scale + r0 : NULL;
   if (o->type == want && scale == NULL) return from;
   void *copy = scratch_take((size_t)rows * K * type_size(want));
-  if (want == CUDA_R_32F) convert((float *)copy, (const int8_t *)from, scale, rows, K);
+  if (want == CUDA_R_32F && o->type == CUDA_R_16BF) convert((float *)copy, (const bf16 *)from, scale, rows, K);
+  else if (want == CUDA_R_32F) convert((float *)copy, (const int8_t *)from, scale, rows, K);
   else if (o->type == CUDA_R_8I) convert((bf16 *)copy, (const int8_t *)from, scale, rows, K);
   else convert((bf16 *)copy, (const float *)from, scale, rows, K);
   return copy;
@@ -573,7 +601,7 @@ static const void *operand_rows(const Operand *o, int r0, int rows, int K, cudaD
 
 /*
 dx (=) [R,K] = dy w,  dw (+=) [N,K] = dy' x,  for dy [R,N], x [R,K], w [N,K] (rows n of w times gamma[n], if given, which is the
-same for all rows of a part).
+same for all rows of a part). dx may be NULL: dw alone.
 
 Straight-through: at lambda = 1 w are codes and x are codes with a scale for each row. gamma is taken as the factor alpha of the
 product of its part, so no copy of dy is scaled and the codes stay exact; the scale s[r] belongs to the index that is summed over
@@ -586,7 +614,7 @@ static void product_backward(floatX *dx, float *dw, const floatX *dout, const Op
   cudaDataType_t in = fp32_products(precision) ? CUDA_R_32F : CUDA_R_16BF, own = sizeof(floatX) == 2 ? CUDA_R_16BF : CUDA_R_32F;
   Operand dy = {dout, own, NULL};
   int block = rows_at_a_time(operand_bytes, w->type == in ? 0 : (size_t)K * type_size(in), N);
-  bool sums = block < N && own == CUDA_R_16BF;   // the pieces of a huge w are added in fp32 before they are rounded
+  bool sums = dx && block < N && own == CUDA_R_16BF;   // the pieces of a huge w are added in fp32 before they are rounded
   size_t row_bytes = (own == in ? 0 : (size_t)N * type_size(in)) + (x->type == in && x->scale == NULL ? 0 : (size_t)K * type_size(in));
   int rows = rows_at_a_time(operand_bytes, row_bytes + (sums ? (size_t)K * sizeof(float) : 0), R);
   for (int r0 = 0; r0 < R; r0 += rows) {
@@ -594,10 +622,10 @@ static void product_backward(floatX *dx, float *dw, const floatX *dout, const Op
     scratch_start();
     const char *dy_rows = (const char *)operand_rows(&dy, r0, m, N, in);
     const void *x_rows = operand_rows(x, r0, m, K, in);
-    floatX *dx_rows = dx + (size_t)r0 * K;
+    floatX *dx_rows = dx ? dx + (size_t)r0 * K : NULL;
     float *sum = sums ? (float *)scratch_take((size_t)m * K * sizeof(float)) : NULL;
     size_t mark = scratch_.used;
-    for (int part = 0, part_end = 0; part < 3 && parts[part] > 0; part++) {
+    for (int part = 0, part_end = 0; dx && part < 3 && parts[part] > 0; part++) {
       part_end += parts[part];
       for (int n; n0 < part_end; n0 += n) {
         n = part_end - n0 < block ? part_end - n0 : block;
@@ -624,15 +652,70 @@ static void product_backward(floatX *dx, float *dw, const floatX *dout, const Op
   }
 }
 
+// A block rounds row row0 + r of dy gamma, at random, to codes q (=) [rows,stride] with the scale s (=) [rows]; quant.h explains it, and
+// the random number of a place is the CPU's. A row that is not finite gets a NaN scale. Zeros from N on.
+template <int W>
+__global__ void round_rows_kernel(int8_t *q, float *s, const floatX *dout, const float *gamma, int N, int stride, uint32_t key, int row0) {
+  size_t r = blockIdx.x;
+  const floatX *dy = dout + r * N;
+  uint32_t first = (uint32_t)(row0 + (int)r) * (uint32_t)N;
+  float top = 0, v[W], g[W];
+  for (int n = threadIdx.x * W; n < N; n += blockDim.x * W) {
+    load<W>(v, dy + n);
+    load<W>(g, gamma + n);
+    for (int w = 0; w < W; w++) {
+      float a = fabsf(__fmul_rn(v[w], g[w]));
+      top = isfinite(a) ? fmaxf(top, a) : INFINITY;
+    }
+  }
+  top = block_max(top);
+  bool bad = !isfinite(top);
+  float inverse = top > 1e-30f ? 127.0f / top : 0.0f;
+  if (threadIdx.x == 0) s[r] = bad ? NAN : top / 127.0f;
+  for (int n = threadIdx.x * W; n < N; n += blockDim.x * W) {
+    load<W>(v, dy + n);
+    load<W>(g, gamma + n);
+    for (int w = 0; w < W; w++) {
+      float a = bad ? 0.0f : fmaxf(-127.0f, fminf(127.0f, __fmul_rn(__fmul_rn(v[w], g[w]), inverse)));
+      v[w] = (float)noisy_code(a, noise_at(key, first + (uint32_t)(n + w)));
+    }
+    store<W>(q + r * stride + n, v);
+  }
+  for (int n = N + threadIdx.x; n < stride; n += blockDim.x) q[r * stride + n] = 0;
+}
+
+// dx (=) [R,K] = dy w at lambda = 1 as an integer product, dy gamma rounded to int8; a bounded number of rows at a time.
+static void integer_input_gradient(floatX *dx, const floatX *dout, const BitWeight *w, int R) {
+  int N = w->N, K = w->K, Np = (int)padded((size_t)N), Kp = (int)padded((size_t)K);
+  int rows = rows_at_a_time(sums_bytes, (size_t)Kp * sizeof(int32_t) + (size_t)Np + sizeof(float), R);
+  uint32_t key = (uint32_t)(w->noise ^ w->noise >> 32);
+  bool wide = N % 8 == 0, wide_out = K % 8 == 0;
+  scratch_start();
+  int32_t *sums = (int32_t *)scratch_take((size_t)rows * Kp * sizeof(int32_t));
+  int8_t *q = (int8_t *)scratch_take((size_t)rows * Np);
+  float *s = (float *)scratch_take((size_t)rows * sizeof(float));
+  for (int r0 = 0; r0 < R; r0 += rows) {
+    int m = R - r0 < rows ? R - r0 : rows;
+    LAUNCH_WIDTH(wide, round_rows_kernel, (unsigned)m, row_threads(N, wide), 0, q, s, dout + (size_t)r0 * N, w->gamma, N, Np, key, r0);
+    if (!integer_sums(sums, q, weight_turned_codes(w), m, Kp, Np)) {
+      die(EXIT_FAILED, "cuBLASLt has no int8 kernel for a product of %d x %d x %d on %s; say dx_int8=0", m, Kp, Np, gpu_.prop.name);
+    }
+    LAUNCH_WIDTH(wide_out, finish_kernel, (unsigned)m, row_threads(K, wide_out), 0, dx + (size_t)r0 * K, sums, s, NULL, NULL, NULL, K, K,
+                 Kp);
+  }
+}
+
+// Straight-through, as above; where dx_int8 is on, dx is an integer product like the forward one.
 void bitlinear_backward(floatX *dx, float *dw, float *dbias, const floatX *dout, const QAct *x, const BitWeight *w, int R) {
-  bool ternary = w->lambda == 1.0f, codes = x->lambda == 1.0f && x->bits > 0, fp32 = fp32_products(w->precision);
+  bool ternary = w->lambda == 1.0f, rounded_dx = ternary && w->dx_int8, codes = x->lambda == 1.0f && x->bits > 0;
   cudaDataType_t own = sizeof(floatX) == 2 ? CUDA_R_16BF : CUDA_R_32F;
   Operand xo = {x->data, codes ? CUDA_R_8I : own, codes ? x->s : NULL};
   Operand wo = {w->data, own, NULL};
   int whole[3] = {w->N, 0, 0};
-  if (ternary && fp32) wo.type = CUDA_R_8I;
-  else if (ternary) wo = {weight_bf16_codes(w), CUDA_R_16BF, NULL};
-  product_backward(dx, dw, dout, &xo, &wo, ternary ? w->parts : whole, ternary ? w->gamma : NULL, R, w->N, w->K, w->precision);
+  if (ternary) wo = {weight_bf16_codes(w), CUDA_R_16BF, NULL};
+  if (rounded_dx) integer_input_gradient(dx, dout, w, R);
+  product_backward(rounded_dx ? NULL : dx, dw, dout, &xo, &wo, ternary ? w->parts : whole, ternary ? w->gamma : NULL, R, w->N, w->K,
+                   w->precision);
   if (dbias) add_column_sums(dbias, dout, R, w->N);
 }
 

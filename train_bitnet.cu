@@ -15,8 +15,9 @@ bf16 operands in either precision.
 Products, by the formats that meet:
     int8 x ternary -> int32     forward at lambda = 1. cuBLASLt on int8 codes for many rows; for a few rows (decoding) our own kernel
                                 reads the weights at 2 bits each. Integer sums are exact, so both give the same bits.
+                                With dx_int8 also the gradient of the input, by cuBLASLt.
     bf16 x bf16 -> fp32         the classifier, and the forward pass where activations stay float: our own kernel
-    bf16 x bf16 -> fp32         both products of the backward pass, and the forward pass of large batches at lambda < 1: cuBLASLt
+    bf16 x bf16 -> fp32         the other products of the backward pass, and the forward pass of large batches at lambda < 1: cuBLASLt
     fp32 x fp32                 tests
 
 "The bits of a row depend on that row alone" holds by construction for everything that sampling runs: each row of a norm,

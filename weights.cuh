@@ -13,8 +13,9 @@ Defines:     bitweight_*, weight_* of bitnet/ops.h.
 // ---------------------------------------------------------------------------------------------------------
 /*
 BitLinear. What weight_quantize leaves in BitWeight.data:
-    lambda = 1    codes [N,K] int8      for cuBLASLt's integer product
-                  codes [N,K] bf16      for the backward pass; exact
+    lambda = 1    codes [N,K] int8      for cuBLASLt's integer product; N and K padded with zeros to multiples of 16
+                  codes [K,N] int8      the same turned over, padded alike, where dx_int8: the gradient of the input sums over N
+                  codes [N,K] bf16      for float products; exact
                   packed                2 bits a code, for our own integer kernel: see ternary_forward_kernel
     lambda < 1    values [N,K] floatX
 weight_pack leaves the 2-bit form only.
@@ -33,8 +34,16 @@ static int8_t *weight_codes(const BitWeight *w) {
   return (int8_t *)w->data;
 }
 
+static size_t padded_bytes(int N, int K) {
+  return rounded(padded((size_t)N) * padded((size_t)K));
+}
+
+static int8_t *weight_turned_codes(const BitWeight *w) {
+  return (int8_t *)w->data + padded_bytes(w->N, w->K);
+}
+
 static bf16 *weight_bf16_codes(const BitWeight *w) {
-  return (bf16 *)((char *)w->data + rounded((size_t)w->N * w->K));
+  return (bf16 *)((char *)w->data + 2 * padded_bytes(w->N, w->K));
 }
 
 // The 2-bit form: behind the others, or all there is.
@@ -45,7 +54,7 @@ static uint4 *weight_packed(const BitWeight *w) {
 
 size_t bitweight_bytes(int N, int K) {
   size_t n = (size_t)N * (size_t)K;
-  return larger(n * sizeof(float), rounded(n) + rounded(n * sizeof(bf16)) + packed_bytes(N, K));
+  return larger(n * sizeof(floatX), 2 * padded_bytes(N, K) + rounded(n * sizeof(bf16)) + packed_bytes(N, K));
 }
 
 // The first row of a part and its number of rows.
@@ -90,28 +99,33 @@ __host__ __device__ inline size_t word_at(size_t tile, int lane, int step) {
 }
 
 // A block quantises a tile of 16 outputs x 128 inputs, one thread for each column; at lambda = 1 the tile meets in shared memory
-// and each thread packs one word of it. codes, wide, packed: the three forms of codes; values: [N,K] at lambda < 1.
-__global__ void __launch_bounds__(TILE_K) weight_codes_kernel(BitWeight w, int8_t *codes, bf16 *wide, uint32_t *packed,
+// and each thread packs one word of it. codes, turned (or NULL), wide, packed: the forms of codes; values: [N,K] at lambda < 1.
+__global__ void __launch_bounds__(TILE_K) weight_codes_kernel(BitWeight w, int8_t *codes, int8_t *turned, bf16 *wide, uint32_t *packed,
                                                               floatX *values, const float *master) {
   __shared__ int8_t tile[TILE_N][TILE_K];
   int k = blockIdx.x * TILE_K + threadIdx.x, n0 = blockIdx.y * TILE_N;
+  size_t rows = padded((size_t)w.N), cols = padded((size_t)w.K);
   bool ternary = w.lambda == 1.0f;
+  int8_t column[TILE_N];
+#pragma unroll
   for (int i = 0; i < TILE_N; i++) {
     int n = n0 + i, code = 0;
     if (n < w.N && k < w.K) {
       size_t at = (size_t)n * w.K + k;
       float m = master[at], gamma = w.gamma[n];
       code = ternary_code(m, 1.0f / gamma);
-      if (ternary) {
-        codes[at] = (int8_t)code;
-        from_float(&wide[at], (float)code);
-      } else {
-        from_float(&values[at], lambda_mix(m, (float)code * gamma, w.lambda));
-      }
+      if (ternary) from_float(&wide[at], (float)code);
+      else from_float(&values[at], lambda_mix(m, (float)code * gamma, w.lambda));
     }
-    tile[i][threadIdx.x] = (int8_t)code;
+    tile[i][threadIdx.x] = column[i] = (int8_t)code;
+    if (ternary && (size_t)k < cols) codes[(size_t)n * cols + k] = (int8_t)code;
   }
   if (!ternary) return;
+  if (turned && (size_t)k < cols) {
+    uint4 word;
+    memcpy(&word, column, sizeof word);
+    *(uint4 *)(turned + (size_t)k * rows + n0) = word;
+  }
   __syncthreads();
   int lane = threadIdx.x % WARP, step = threadIdx.x / WARP;
   uint32_t word = 0;
@@ -138,10 +152,10 @@ void weight_quantize(BitWeight *w, const float *master, float lambda) {
   w->lambda = lambda;
   w->packed = 0;
   weight_gammas(w, master);
-  int8_t *codes = weight_codes(w);
+  int8_t *codes = weight_codes(w), *turned = w->dx_int8 ? weight_turned_codes(w) : NULL;
   bf16 *wide = weight_bf16_codes(w);
   uint32_t *packed = (uint32_t *)weight_packed(w);
-  LAUNCH(weight_codes_kernel, tiles, TILE_K, 0, *w, codes, wide, packed, (floatX *)w->data, master);
+  LAUNCH(weight_codes_kernel, tiles, TILE_K, 0, *w, codes, turned, wide, packed, (floatX *)w->data, master);
 }
 
 size_t bitweight_packed_bytes(int N, int K) {
@@ -207,9 +221,9 @@ void weight_pack_codes(BitWeight *w, int part, const int8_t *codes, float gamma)
   pack_part(w, part, codes);
 }
 
-// codes (=) [rows,K] of the outputs from n0 on, n0 a multiple of TILE_N. A block takes a tile, which lies in shared memory in between,
-// so that packed is read and codes are written along their rows.
-__global__ void __launch_bounds__(TILE_K) weight_unpack_kernel(int8_t *codes, const uint32_t *packed, int n0, int rows, int K) {
+// codes (=) [rows,stride] of the outputs from n0 on, n0 a multiple of TILE_N; K <= stride <= padded(K), zeros from K on. A block takes
+// a tile, which lies in shared memory in between, so that packed is read and codes are written along their rows.
+__global__ void __launch_bounds__(TILE_K) weight_unpack_kernel(int8_t *codes, const uint32_t *packed, int n0, int rows, int K, int stride) {
   __shared__ int8_t tile[TILE_N][TILE_K];
   int lane = threadIdx.x % WARP, step = threadIdx.x / WARP, k = blockIdx.x * TILE_K + threadIdx.x;
   uint32_t word = packed[word_at((size_t)(n0 / TILE_N + blockIdx.y) * gridDim.x + blockIdx.x, lane, step)];
@@ -221,18 +235,17 @@ __global__ void __launch_bounds__(TILE_K) weight_unpack_kernel(int8_t *codes, co
   __syncthreads();
   for (int i = 0; i < TILE_N; i++) {
     int n = blockIdx.y * TILE_N + i;
-    if (n < rows && k < K) codes[(size_t)n * K + k] = tile[i][threadIdx.x];
+    if (n < rows && k < stride) codes[(size_t)n * stride + k] = k < K ? tile[i][threadIdx.x] : 0;
   }
 }
 
-static void unpack_rows(int8_t *codes, const BitWeight *w, int n0, int rows) {
+static void unpack_rows(int8_t *codes, const BitWeight *w, int n0, int rows, int stride) {
   dim3 tiles(blocks_for((size_t)w->K, TILE_K), blocks_for((size_t)rows, TILE_N));
-  LAUNCH(weight_unpack_kernel, tiles, TILE_K, 0, codes, (const uint32_t *)weight_packed(w), n0, rows, w->K);
+  LAUNCH(weight_unpack_kernel, tiles, TILE_K, 0, codes, (const uint32_t *)weight_packed(w), n0, rows, w->K, stride);
 }
 
 void bitweight_codes(int8_t *codes, const BitWeight *w) {
-  if (w->packed) unpack_rows(codes, w, 0, w->N);
-  else dev_copy(codes, weight_codes(w), (size_t)w->N * (size_t)w->K);
+  unpack_rows(codes, w, 0, w->N, w->K);
 }
 
 // Every block folds the partial sums of |w| to gamma by itself, then compares its share of the codes. Integers may be added

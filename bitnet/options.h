@@ -89,7 +89,7 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(TRAINING, lambda_warmup_steps, -1, -1, INT_MAX, "the same in steps; -1 = by fraction")                                        \
   REAL(TRAINING, lambda_k, -1, -1, 1e6, "steepness of exponential (default 8) and sigmoid (default 100)")                           \
   INT(TRAINING, recompute, 0, 0, 1, "recompute activations in the backward pass: less memory, a third more work")                   \
-  INT(TRAINING, dx_int8, 1, 0, 1, "CPU, bf16, lambda = 1: gradients of inputs as int8 products, rounded at random; 0 = exact") \
+  INT(TRAINING, dx_int8, 1, 0, 1, "bf16, lambda = 1: gradients of inputs as int8 products, rounded at random; 0 = exact") \
   INT(TRAINING, max_skips, 3, 1, INT_MAX, "stop after so many updates in a row that were skipped as not finite")                    \
   TEXT(TRAINING, init, "", "start from this model, a directory or file, instead of random weights")                                 \
                                                                                                                                     \

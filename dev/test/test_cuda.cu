@@ -404,7 +404,8 @@ static const double PRODUCT = 6e-3;
 
 static void test_bitlinear_forward(void) {
   // R, parts, K
-  const int shapes[][5] = {{1, 40, 0, 0, 48}, {9, 17, 9, 6, 37}, {20, 16, 16, 0, 136}, {70, 130, 0, 0, 264}, {130, 24, 8, 8, 40}};
+  const int shapes[][5] = {{1, 40, 0, 0, 48},    {9, 17, 9, 6, 37},   {20, 16, 16, 0, 136},
+                           {70, 130, 0, 0, 264}, {130, 24, 8, 8, 40}, {67, 9, 8, 4, 37}};
   for (const int *s : shapes) {
     for (int variant = 0; variant < 12; variant++) {
       int R = s[0], K = s[4], precision = variant % 2, bits = variant / 2 % 3 == 2 ? 0 : 8;
@@ -425,6 +426,9 @@ static void test_bitlinear_forward(void) {
       if (lambda == 1 && bits > 0) {   // integers: the same bits, after the same rounding to activations
         Act rounded_want(want);
         CHECK(out.same_bits(rounded_want), "integer product differs: R %d N %d K %d", R, w.g.N, K);
+        Act blas(n);   // the library's path takes every shape
+        CHECK(blas_integer_forward(blas.p, &gq.q, &w.g, bias ? NULL : gres.p, R) && blas.same_bits(out), "R %d N %d K %d by the library", R,
+              w.g.N, K);
       } else {
         // A mix that differs in its last fp32 bit (a fused multiply-add) may be rounded to the other bf16 neighbour.
         double bound = precision == PRECISION_FP32 ? 1e-5 : lambda < 1 ? 1e-3 : 2e-5;
@@ -519,6 +523,54 @@ static void test_bitlinear_backward(void) {
       close_act("dw", gdw.out(), want_dw, PRODUCT, fp32 ? 1e-5 : 6e-3);
       close_f32("dbias", gdb.out(), want_db);
       operand_bytes = bounds[0];
+    }
+  }
+}
+
+/*
+dx_int8: the codes of the rounded gradient, and so dx, are the CPU's bit for bit, in one piece and in several; dw is what it is without;
+another key gives another dx; a row that is not finite is seen, and only there.
+*/
+static void test_dx_int8(void) {
+  const int shapes[][5] = {{5, 40, 0, 0, 48}, {70, 17, 9, 6, 37}, {40, 16, 16, 0, 136}, {3, 5, 0, 0, 5}};
+  for (const int *s : shapes) {
+    for (int pieces = 0; pieces < 2; pieces++) {
+      int R = s[0], K = s[4];
+      size_t kept = sums_bytes;
+      if (pieces) sums_bytes = 2000;
+      Weight w(s[1], s[2], s[3], K, PRECISION_BF16, false), exact(s[1], s[2], s[3], K, PRECISION_BF16, false);
+      size_t N = (size_t)w.g.N, n = (size_t)R * N;
+      w.g.dx_int8 = w.c.dx_int8 = 1;
+      w.g.noise = w.c.noise = 0x123456789ABCDEFull;
+      dev_copy(exact.gmaster.p, w.gmaster.p, N * (size_t)K * sizeof(float));
+      Floats x = activations((size_t)R * K, 1), dout = activations(n, 1), dw(N * K), want((size_t)R * K), want_dw = dw;
+      for (size_t k = 0; k < N; k++) dout[N + k] = 0;                  // a row without gradient
+      Act gx(x), gdout(dout), dx((size_t)R * K), other((size_t)R * K);
+      Dev<float> gdw(dw), gdw_exact(dw);
+      GpuQ gq((size_t)R, (size_t)K, 1, 8);
+      CpuQ cq((size_t)R, (size_t)K, 1, 8);
+      w.quantize(1);
+      reserve_scratch((size_t)R, N, (size_t)K);
+      act_quant_forward(&gq.q, gx.p, R, K);
+      cpu::act_quant_forward(&cq.q, x.data(), R, K);
+      weight_quantize(&exact.g, exact.gmaster.p, 1);
+      bitlinear_backward(other.p, gdw_exact.p, NULL, gdout.p, &gq.q, &exact.g, R);
+      bitlinear_backward(dx.p, gdw.p, NULL, gdout.p, &gq.q, &w.g, R);
+      cpu::bitlinear_backward(want.data(), want_dw.data(), NULL, dout.data(), &cq.q, &w.c, R);
+      Act rounded_want(want);
+      CHECK(dx.same_bits(rounded_want), "dx differs from the CPU's: R %d N %zu K %d pieces %d", R, N, K, pieces);
+      CHECK(norm_error(dx.out(), other.out()) < 0.02, "dx is %.3g off the exact one", norm_error(dx.out(), other.out()));
+      CHECK(gdw.out() == gdw_exact.out(), "dw depends on dx_int8");
+      w.g.noise++;
+      bitlinear_backward(other.p, gdw.p, NULL, gdout.p, &gq.q, &w.g, R);
+      CHECK(!other.same_bits(dx), "another key gives the same dx");
+      dout[2 * N + 3] = pieces ? NAN : INFINITY;
+      Act bad(dout);
+      bitlinear_backward(dx.p, gdw.p, NULL, bad.p, &gq.q, &w.g, R);
+      Floats got = dx.out();
+      CHECK(isnan(got[2 * (size_t)K]) && isfinite(got[0]) && got[(size_t)K] == 0, "rows 0, 1, 2: %g %g %g", got[0], got[(size_t)K],
+            got[2 * (size_t)K]);
+      sums_bytes = kept;
     }
   }
 }
@@ -1070,6 +1122,7 @@ static const Test TESTS[] = {
     {"bitlinear_forward", "integers equal; mixes; float activations; bias, residual", test_bitlinear_forward},
     {"packed_weights", "2-bit weights: codes, scales, products", test_packed},
     {"bitlinear_backward", "dx, dw, dbias; conversion in pieces", test_bitlinear_backward},
+    {"dx_int8", "the gradient of the input as an integer product", test_dx_int8},
     {"linear", "the classifier, both ways, in pieces", test_linear},
     {"head", "tables of a model that only runs; the largest logit", test_head},
     {"rope", "there and back", test_rope},
