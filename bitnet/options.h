@@ -298,11 +298,6 @@ static const struct {
 // ---------------------------------------------------------------------------------------------------------
 // Values.
 
-UNUSED static const char *option_from_name_(int from) {
-  static const char *const names[] = {"default", "preset", "config file", "command line"};
-  return names[from];
-}
-
 static char **option_text_(const Options *o, int row) {
   return (char **)((char *)o + option_rows[row].offset);
 }
