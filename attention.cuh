@@ -743,10 +743,10 @@ size_t kv_cache_bytes(int capacity, int NKV, int HS, int) {
 
 void attention_cached(floatX *out, void *kcache, void *vcache, const floatX *qkv, const int *seq, const int *pos,
                       int R, int capacity, int NH, int NKV, int HS, int precision) {
-  bool wide = HS % 8 == 0;
+  int width = width_of((size_t)HS);
   floatX *keys = (floatX *)kcache, *values = (floatX *)vcache;
   (void)precision;
-  LAUNCH_WIDTH(wide, cache_store_kernel, (unsigned)R, row_threads(NKV * HS, wide), 0, keys, values, qkv, seq, pos, capacity, NH,
+  LAUNCH_WIDTH(width, cache_store_kernel, (unsigned)R, row_threads(NKV * HS, width), 0, keys, values, qkv, seq, pos, capacity, NH,
                NKV, HS);
   bf16 *o = (bf16 *)out;
   const bf16 *kc = (const bf16 *)kcache, *vc = (const bf16 *)vcache, *x = (const bf16 *)qkv;

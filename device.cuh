@@ -51,12 +51,18 @@ static void blas_check_(cublasStatus_t s, const char *file, int line) {
   Type *name = (Type *)shared_
 #endif
 
-// Kernels along rows come in two widths: 8 values at a time where rows are a multiple of 8 long, else one by one.
-#define LAUNCH_WIDTH(wide, kernel, grid, block, shared_bytes, ...)         \
-  do {                                                                     \
-    if (wide) LAUNCH(kernel<8>, grid, block, shared_bytes, __VA_ARGS__);   \
-    else LAUNCH(kernel<1>, grid, block, shared_bytes, __VA_ARGS__);        \
+// Kernels along rows come in three widths: 8 or 4 values at a time where rows are a multiple of that long, else one by one.
+#define LAUNCH_WIDTH(width, kernel, grid, block, shared_bytes, ...)                  \
+  do {                                                                               \
+    if ((width) == 8) LAUNCH(kernel<8>, grid, block, shared_bytes, __VA_ARGS__);     \
+    else if ((width) == 4) LAUNCH(kernel<4>, grid, block, shared_bytes, __VA_ARGS__); \
+    else LAUNCH(kernel<1>, grid, block, shared_bytes, __VA_ARGS__);                  \
   } while (0)
+#define KERNEL_OF_WIDTH(width, kernel) ((width) == 8 ? kernel<8> : (width) == 4 ? kernel<4> : kernel<1>)
+
+static int width_of(size_t n) {
+  return n % 8 == 0 ? 8 : n % 4 == 0 ? 4 : 1;
+}
 
 // threads has no meaning here; returns the number of multiprocessors.
 int dev_init(int threads) {
@@ -229,6 +235,10 @@ void dev_floatx_out(float *dst, const floatX *src, size_t n) {
 template <int BYTES>
 struct Word;
 template <>
+struct Word<4> {
+  typedef uint32_t Type;
+};
+template <>
 struct Word<8> {
   typedef uint2 Type;
 };
@@ -237,7 +247,7 @@ struct Word<16> {
   typedef uint4 Type;
 };
 
-// v (=) W values from src as floats; for W = 8 src must be a multiple of 8 values from an aligned start.
+// v (=) W values from src as floats; src must be a multiple of W values from an aligned start.
 template <int W, class T>
 __device__ inline void load(float (&v)[W], const T *src) {
   if constexpr (W == 1) {
@@ -337,8 +347,8 @@ static bool aligned16(const void *p) {
 }
 
 // Threads for one row of n values, `width` at a time: whole warps, 32 to 512.
-static unsigned row_threads(int n, bool wide) {
-  unsigned threads = blocks_for((size_t)(wide ? n / 8 : n), WARP) * WARP;
+static unsigned row_threads(int n, int width) {
+  unsigned threads = blocks_for((size_t)(n / width), WARP) * WARP;
   return threads < 32 ? 32 : threads > 512 ? 512 : threads;
 }
 

@@ -321,8 +321,8 @@ static bool blas_integer_forward(floatX *out, const QAct *x, const BitWeight *w,
       const int8_t *q = (const int8_t *)x->data + (size_t)r0 * K;
       if (codes) pad_rows(codes, q, m, K, Kp);
       if (!integer_sums(sums, codes ? codes : q, w->packed ? unpacked : weight_codes(w), m, np, Kp)) return false;
-      bool wide = N % 8 == 0 && n % 8 == 0;
-      LAUNCH_WIDTH(wide, finish_kernel, (unsigned)m, row_threads(n, wide), 0, out + at, sums, x->s + r0, w->gamma + n0,
+      int width = width_of((size_t)(N | n));
+      LAUNCH_WIDTH(width, finish_kernel, (unsigned)m, row_threads(n, width), 0, out + at, sums, x->s + r0, w->gamma + n0,
                    w->bias ? w->bias + n0 : NULL, residual ? residual + at : NULL, N, n, np);
     }
   }
@@ -570,9 +570,11 @@ __global__ void convert_kernel(To *out, const From *in, const float *s, int K) {
 
 template <class To, class From>
 static void convert(To *out, const From *in, const float *s, int rows, int K) {
-  bool wide = K % 8 == 0 && aligned16(in);
-  if (wide) LAUNCH((convert_kernel<8, To, From>), (unsigned)rows, row_threads(K, true), 0, out, in, s, K);
-  else LAUNCH((convert_kernel<1, To, From>), (unsigned)rows, row_threads(K, false), 0, out, in, s, K);
+  int width = aligned16(in) ? width_of((size_t)K) : 1;
+  unsigned threads = row_threads(K, width);
+  if (width == 8) LAUNCH((convert_kernel<8, To, From>), (unsigned)rows, threads, 0, out, in, s, K);
+  else if (width == 4) LAUNCH((convert_kernel<4, To, From>), (unsigned)rows, threads, 0, out, in, s, K);
+  else LAUNCH((convert_kernel<1, To, From>), (unsigned)rows, threads, 0, out, in, s, K);
 }
 
 // A matrix with K columns in one of the formats that meet here; value = data * scale[row].
@@ -689,18 +691,18 @@ static void integer_input_gradient(floatX *dx, const floatX *dout, const BitWeig
   int N = w->N, K = w->K, Np = (int)padded((size_t)N), Kp = (int)padded((size_t)K);
   int rows = rows_at_a_time(sums_bytes, (size_t)Kp * sizeof(int32_t) + (size_t)Np + sizeof(float), R);
   uint32_t key = (uint32_t)(w->noise ^ w->noise >> 32);
-  bool wide = N % 8 == 0, wide_out = K % 8 == 0;
+  int width = width_of((size_t)N), width_out = width_of((size_t)K);
   scratch_start();
   int32_t *sums = (int32_t *)scratch_take((size_t)rows * Kp * sizeof(int32_t));
   int8_t *q = (int8_t *)scratch_take((size_t)rows * Np);
   float *s = (float *)scratch_take((size_t)rows * sizeof(float));
   for (int r0 = 0; r0 < R; r0 += rows) {
     int m = R - r0 < rows ? R - r0 : rows;
-    LAUNCH_WIDTH(wide, round_rows_kernel, (unsigned)m, row_threads(N, wide), 0, q, s, dout + (size_t)r0 * N, w->gamma, N, Np, key, r0);
+    LAUNCH_WIDTH(width, round_rows_kernel, (unsigned)m, row_threads(N, width), 0, q, s, dout + (size_t)r0 * N, w->gamma, N, Np, key, r0);
     if (!integer_sums(sums, q, weight_turned_codes(w), m, Kp, Np)) {
       die(EXIT_FAILED, "cuBLASLt has no int8 kernel for a product of %d x %d x %d on %s; say dx_int8=0", m, Kp, Np, gpu_.prop.name);
     }
-    LAUNCH_WIDTH(wide_out, finish_kernel, (unsigned)m, row_threads(K, wide_out), 0, dx + (size_t)r0 * K, sums, s, NULL, NULL, NULL, K, K,
+    LAUNCH_WIDTH(width_out, finish_kernel, (unsigned)m, row_threads(K, width_out), 0, dx + (size_t)r0 * K, sums, s, NULL, NULL, NULL, K, K,
                  Kp);
   }
 }

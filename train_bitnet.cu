@@ -69,8 +69,11 @@ __global__ void embedding_forward_kernel(floatX *out, const int *tokens, const T
 
 template <class T>
 static void embed(floatX *out, const int *tokens, const T *wte, int R, int C) {
-  if (C % 8 == 0) LAUNCH((embedding_forward_kernel<8, T>), (unsigned)R, row_threads(C, true), 0, out, tokens, wte, C);
-  else LAUNCH((embedding_forward_kernel<1, T>), (unsigned)R, row_threads(C, false), 0, out, tokens, wte, C);
+  int width = width_of((size_t)C);
+  unsigned threads = row_threads(C, width);
+  if (width == 8) LAUNCH((embedding_forward_kernel<8, T>), (unsigned)R, threads, 0, out, tokens, wte, C);
+  else if (width == 4) LAUNCH((embedding_forward_kernel<4, T>), (unsigned)R, threads, 0, out, tokens, wte, C);
+  else LAUNCH((embedding_forward_kernel<1, T>), (unsigned)R, threads, 0, out, tokens, wte, C);
 }
 
 void embedding_forward(floatX *out, const int *tokens, const float *wte, int R, int C) {
@@ -142,11 +145,11 @@ __global__ void embedding_backward_kernel(float *dwte, const floatX *dout, const
 }
 
 void embedding_backward(float *dwte, const floatX *dout, const int *tokens, int R, int V, int C) {
-  bool wide = C % 8 == 0;
+  int width = width_of((size_t)C);
   scratch_start();
   int *order = (int *)scratch_take((size_t)R * sizeof(int)), *other = (int *)scratch_take((size_t)R * sizeof(int));
   LAUNCH(sort_tokens_kernel, 1, SORT_THREADS, 0, order, other, tokens, R, V);
-  LAUNCH_WIDTH(wide, embedding_backward_kernel, (unsigned)R, row_threads(C, wide), 0, dwte, dout, tokens, order, R, C);
+  LAUNCH_WIDTH(width, embedding_backward_kernel, (unsigned)R, row_threads(C, width), 0, dwte, dout, tokens, order, R, C);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -266,13 +269,13 @@ __global__ void glu_quant_kernel(QAct out, float *rstd, const floatX *gate_up, c
 }
 
 void act_quant_forward(QAct *out, const floatX *x, int R, int K) {
-  bool wide = K % 8 == 0;
-  LAUNCH_WIDTH(wide, norm_quant_kernel, (unsigned)R, row_threads(K, wide), 0, *out, NULL, x, NULL, K, 0.0f);
+  int width = width_of((size_t)K);
+  LAUNCH_WIDTH(width, norm_quant_kernel, (unsigned)R, row_threads(K, width), 0, *out, NULL, x, NULL, K, 0.0f);
 }
 
 void rmsnorm_quant_forward(QAct *out, float *rstd, const floatX *x, const float *gain, int R, int C, float eps) {
-  bool wide = C % 8 == 0;
-  LAUNCH_WIDTH(wide, norm_quant_kernel, (unsigned)R, row_threads(C, wide), 0, *out, rstd, x, gain, C, eps);
+  int width = width_of((size_t)C);
+  LAUNCH_WIDTH(width, norm_quant_kernel, (unsigned)R, row_threads(C, width), 0, *out, rstd, x, gain, C, eps);
 }
 
 template <int W>
@@ -289,8 +292,8 @@ __global__ void rmsnorm_forward_kernel(floatX *out, float *rstd, const floatX *x
 }
 
 void rmsnorm_forward(floatX *out, float *rstd, const floatX *x, const float *gain, int R, int C, float eps) {
-  bool wide = C % 8 == 0;
-  LAUNCH_WIDTH(wide, rmsnorm_forward_kernel, (unsigned)R, row_threads(C, wide), 0, out, rstd, x, gain, C, eps);
+  int width = width_of((size_t)C);
+  LAUNCH_WIDTH(width, rmsnorm_forward_kernel, (unsigned)R, row_threads(C, width), 0, out, rstd, x, gain, C, eps);
 }
 
 /*
@@ -339,12 +342,12 @@ __global__ void rmsnorm_backward_kernel(floatX *dx, float *partial, const floatX
 void rmsnorm_backward(floatX *dx, float *dgain, const floatX *dout, const floatX *x, const float *gain, const float *rstd, int R,
                       int C) {
   int rows = chunk_rows(R, MAX_CHUNKS), chunks = (R + rows - 1) / rows;
-  bool wide = C % 8 == 0;
+  int width = width_of((size_t)C);
   scratch_start();
   float *partial = (float *)scratch_take((size_t)chunks * C * sizeof(float));
   size_t shared = (size_t)C * sizeof(float);
-  allow_shared(wide ? rmsnorm_backward_kernel<8> : rmsnorm_backward_kernel<1>, shared);
-  LAUNCH_WIDTH(wide, rmsnorm_backward_kernel, (unsigned)chunks, row_threads(C, wide), shared, dx, partial, dout, x, gain, rstd, R,
+  allow_shared(KERNEL_OF_WIDTH(width, rmsnorm_backward_kernel), shared);
+  LAUNCH_WIDTH(width, rmsnorm_backward_kernel, (unsigned)chunks, row_threads(C, width), shared, dx, partial, dout, x, gain, rstd, R,
                C, rows);
   fold_chunks(dgain, partial, chunks, C, C);
 }
@@ -458,9 +461,9 @@ __global__ void rope_kernel(floatX *qkv, const int *pos, const float *cossin, si
 }
 
 void rope_apply(floatX *qkv, const int *pos, const float *cossin, int R, int NH, int NKV, int HS, int direction) {
-  bool wide = HS % 16 == 0;
-  size_t n = (size_t)R * (NH + NKV) * (HS / 2) / (wide ? 8 : 1);
-  LAUNCH_WIDTH(wide, rope_kernel, blocks_for(n, 256), 256, 0, qkv, pos, cossin, n, NH, NKV, HS, direction);
+  int width = width_of((size_t)HS / 2);
+  size_t n = (size_t)R * (NH + NKV) * (HS / 2) / (size_t)width;
+  LAUNCH_WIDTH(width, rope_kernel, blocks_for(n, 256), 256, 0, qkv, pos, cossin, n, NH, NKV, HS, direction);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -472,8 +475,8 @@ void rope_apply(floatX *qkv, const int *pos, const float *cossin, int R, int NH,
 // The gated feed-forward unit. The forward kernel stands with the other quantisers above.
 
 void glu_quant_forward(QAct *out, float *rstd, const floatX *gate_up, const float *gain, int R, int F, int act, float eps) {
-  bool wide = F % 8 == 0;
-  LAUNCH_WIDTH(wide, glu_quant_kernel, (unsigned)R, row_threads(F, wide), 0, *out, rstd, gate_up, gain, F, act, eps);
+  int width = width_of((size_t)F);
+  LAUNCH_WIDTH(width, glu_quant_kernel, (unsigned)R, row_threads(F, width), 0, *out, rstd, gate_up, gain, F, act, eps);
 }
 
 /*
@@ -532,12 +535,12 @@ __global__ void glu_backward_kernel(floatX *dgate_up, float *partial, const floa
 void glu_backward(floatX *dgate_up, float *dgain, floatX *dout, const floatX *gate_up, const float *gain, const float *rstd,
                   int R, int F, int act) {
   int rows = chunk_rows(R, MAX_CHUNKS), chunks = (R + rows - 1) / rows;
-  bool wide = F % 8 == 0;
+  int width = width_of((size_t)F);
   size_t shared = gain ? (size_t)F * sizeof(float) : 0;
   scratch_start();
   float *partial = gain ? (float *)scratch_take((size_t)chunks * F * sizeof(float)) : NULL;
-  allow_shared(wide ? glu_backward_kernel<8> : glu_backward_kernel<1>, shared);
-  LAUNCH_WIDTH(wide, glu_backward_kernel, (unsigned)chunks, row_threads(F, wide), shared, dgate_up, partial, dout, gate_up, gain,
+  allow_shared(KERNEL_OF_WIDTH(width, glu_backward_kernel), shared);
+  LAUNCH_WIDTH(width, glu_backward_kernel, (unsigned)chunks, row_threads(F, width), shared, dgate_up, partial, dout, gate_up, gain,
                rstd, R, F, act, rows);
   if (gain) fold_chunks(dgain, partial, chunks, F, F);
 }
@@ -629,13 +632,13 @@ __global__ void argmax_kernel(int *best, const floatX *logits, int rowlen, int V
 }
 
 void head_argmax(int *best, const floatX *x, const Head *h, int R, int V) {
-  bool wide = h->V % 8 == 0;
+  int width = width_of((size_t)h->V);
   for (int r0 = 0; r0 < R; r0 += DECODE_ROWS) {
     int m = R - r0 < DECODE_ROWS ? R - r0 : (int)DECODE_ROWS;
     scratch_start();
     floatX *logits = (floatX *)scratch_take((size_t)m * h->V * sizeof(floatX));
     head_forward(logits, x + (size_t)r0 * h->C, h, m);
-    LAUNCH_WIDTH(wide, argmax_kernel, (unsigned)m, row_threads(V, wide), 0, best + r0, logits, h->V, V);
+    LAUNCH_WIDTH(width, argmax_kernel, (unsigned)m, row_threads(V, width), 0, best + r0, logits, h->V, V);
   }
 }
 
@@ -663,8 +666,8 @@ __global__ void cross_entropy_forward_kernel(float *losses, float *lse, const fl
 }
 
 void cross_entropy_forward(float *losses, float *lse, const floatX *logits, const int *targets, int R, int V) {
-  bool wide = V % 8 == 0;
-  LAUNCH_WIDTH(wide, cross_entropy_forward_kernel, (unsigned)R, row_threads(V, wide), 0, losses, lse, logits, targets, V);
+  int width = width_of((size_t)V);
+  LAUNCH_WIDTH(width, cross_entropy_forward_kernel, (unsigned)R, row_threads(V, width), 0, losses, lse, logits, targets, V);
 }
 
 template <int W>
@@ -680,8 +683,8 @@ __global__ void cross_entropy_backward_kernel(floatX *logits, const float *lse, 
 }
 
 void cross_entropy_backward(floatX *logits, const float *lse, const int *targets, const float *coef, int R, int V) {
-  bool wide = V % 8 == 0;
-  LAUNCH_WIDTH(wide, cross_entropy_backward_kernel, (unsigned)R, row_threads(V, wide), 0, logits, lse, targets, coef, V);
+  int width = width_of((size_t)V);
+  LAUNCH_WIDTH(width, cross_entropy_backward_kernel, (unsigned)R, row_threads(V, width), 0, logits, lse, targets, coef, V);
 }
 
 template <int W>
@@ -710,8 +713,8 @@ __global__ void policy_backward_kernel(float *kl, floatX *logits, const float *l
 
 void policy_backward(float *kl, floatX *logits, const float *lse, const floatX *ref, const float *ref_lse, const int *targets,
                      const float *coef, const float *kl_coef, int R, int V) {
-  bool wide = V % 8 == 0;
-  LAUNCH_WIDTH(wide, policy_backward_kernel, (unsigned)R, row_threads(V, wide), 0, kl, logits, lse, ref, ref_lse, targets, coef, kl_coef,
+  int width = width_of((size_t)V);
+  LAUNCH_WIDTH(width, policy_backward_kernel, (unsigned)R, row_threads(V, width), 0, kl, logits, lse, ref, ref_lse, targets, coef, kl_coef,
                V);
 }
 
@@ -755,8 +758,8 @@ __global__ void adamw_kernel(float *p, float *m, float *v, const float *g, size_
 void adamw_update(float *p, float *m, float *v, const float *g, size_t n, const Segment *segments, int count, float gscale, float lr,
                   float beta1, float beta2, float eps, float wd, int t) {
   float correct1 = (float)(1.0 / (1.0 - pow((double)beta1, t))), correct2 = (float)(1.0 / (1.0 - pow((double)beta2, t)));
-  bool wide = n % 8 == 0 && aligned16(p) && aligned16(m) && aligned16(v) && aligned16(g);
-  LAUNCH_WIDTH(wide, adamw_kernel, blocks_for(wide ? n / 8 : n, 256), 256, 0, p, m, v, g, n, segments, count, gscale, lr, beta1, beta2,
+  int width = aligned16(p) && aligned16(m) && aligned16(v) && aligned16(g) ? width_of(n) : 1;
+  LAUNCH_WIDTH(width, adamw_kernel, blocks_for(n / (size_t)width, 256), 256, 0, p, m, v, g, n, segments, count, gscale, lr, beta1, beta2,
                eps, wd, correct1, correct2);
 }
 

@@ -166,7 +166,7 @@ static void test_device(void) {
 }
 
 static void test_embedding(void) {
-  const int shapes[][3] = {{70, 23, 24}, {70, 5000, 37}, {1, 1, 8}, {600, 40, 16}};   // R, V, C
+  const int shapes[][3] = {{70, 23, 24}, {70, 5000, 37}, {1, 1, 8}, {9, 7, 12}, {600, 40, 16}};   // R, V, C
   for (const int *s : shapes) {
     int R = s[0], V = s[1], C = s[2];
     Floats wte = randoms((size_t)V * C, 1), dout = activations((size_t)R * C, 1), grad = randoms((size_t)V * C, 1),
@@ -186,7 +186,7 @@ static void test_embedding(void) {
 }
 
 static void test_rmsnorm(void) {
-  const int shapes[][2] = {{70, 24}, {3, 37}, {33, 1000}, {1, 5000}};   // R, C
+  const int shapes[][2] = {{70, 24}, {3, 37}, {5, 44}, {33, 1000}, {1, 5000}};   // R, C
   for (const int *s : shapes) {
     int R = s[0], C = s[1];
     size_t n = (size_t)R * C;
@@ -269,7 +269,7 @@ static void same_codes(const char *name, const GpuQ &got, const CpuQ &want, size
 
 static void test_act_quant(void) {
   const float lambdas[] = {0, 0.3f, 1};
-  const int bits[] = {8, 4, 0}, shapes[][2] = {{9, 40}, {3, 37}, {1, 5003}};
+  const int bits[] = {8, 4, 0}, shapes[][2] = {{9, 40}, {3, 37}, {4, 44}, {1, 5003}};
   for (const int *shape : shapes) {
     for (float lambda : lambdas) {
       for (int b : bits) {
@@ -307,7 +307,7 @@ static void test_act_quant(void) {
 
 static void test_norm_quant(void) {
   const float lambdas[] = {0, 0.3f, 1};
-  const int shapes[][2] = {{20, 128}, {3, 37}, {2, 2500}};
+  const int shapes[][2] = {{20, 128}, {3, 37}, {4, 52}, {2, 2500}};
   for (const int *shape : shapes) {
     for (float lambda : lambdas) {
       int R = shape[0], C = shape[1];
@@ -405,7 +405,7 @@ static const double PRODUCT = 6e-3;
 static void test_bitlinear_forward(void) {
   // R, parts, K
   const int shapes[][5] = {{1, 40, 0, 0, 48},    {9, 17, 9, 6, 37},   {20, 16, 16, 0, 136},
-                           {70, 130, 0, 0, 264}, {130, 24, 8, 8, 40}, {67, 9, 8, 4, 37}};
+                           {70, 130, 0, 0, 264}, {130, 24, 8, 8, 40}, {67, 9, 8, 4, 37}, {66, 12, 8, 0, 20}};
   for (const int *s : shapes) {
     for (int variant = 0; variant < 12; variant++) {
       int R = s[0], K = s[4], precision = variant % 2, bits = variant / 2 % 3 == 2 ? 0 : 8;
@@ -496,7 +496,7 @@ static void test_packed(void) {
 }
 
 static void test_bitlinear_backward(void) {
-  const int shapes[][5] = {{5, 40, 0, 0, 48}, {70, 17, 9, 6, 37}, {40, 16, 16, 0, 136}};
+  const int shapes[][5] = {{5, 40, 0, 0, 48}, {70, 17, 9, 6, 37}, {40, 16, 16, 0, 136}, {9, 12, 8, 0, 20}};
   for (const int *s : shapes) {
     for (int variant = 0; variant < 12; variant++) {
       int R = s[0], K = s[4], precision = variant % 2, bits = variant / 2 % 3 == 2 ? 0 : 8;
@@ -532,7 +532,7 @@ dx_int8: the codes of the rounded gradient, and so dx, are the CPU's bit for bit
 another key gives another dx; a row that is not finite is seen, and only there.
 */
 static void test_dx_int8(void) {
-  const int shapes[][5] = {{5, 40, 0, 0, 48}, {70, 17, 9, 6, 37}, {40, 16, 16, 0, 136}, {3, 5, 0, 0, 5}};
+  const int shapes[][5] = {{5, 40, 0, 0, 48}, {70, 17, 9, 6, 37}, {40, 16, 16, 0, 136}, {9, 12, 8, 0, 20}, {3, 5, 0, 0, 5}};
   for (const int *s : shapes) {
     for (int pieces = 0; pieces < 2; pieces++) {
       int R = s[0], K = s[4];
@@ -654,8 +654,8 @@ static void test_head(void) {
       for (int r = 0; r < 2; r++) std::copy(e.z, e.z + 10, z.begin() + (long)r * columns);
       Act gz(z);
       Dev<int> best(2);
-      bool wide = columns == 16;
-      LAUNCH_WIDTH(wide, argmax_kernel, 2, 32, 0, best.p, gz.p, columns, 10);
+      int width = width_of((size_t)columns);
+      LAUNCH_WIDTH(width, argmax_kernel, 2, 32, 0, best.p, gz.p, columns, 10);
       Ints got = best.out();
       CHECK(got[0] == e.best && got[1] == e.best, "tokens %d and %d, expected %d", got[0], got[1], e.best);
     }
@@ -663,7 +663,7 @@ static void test_head(void) {
 }
 
 static void test_rope(void) {
-  const int shapes[][4] = {{30, 3, 1, 64}, {7, 2, 2, 6}};
+  const int shapes[][4] = {{30, 3, 1, 64}, {7, 2, 2, 6}, {5, 2, 1, 8}};
   for (const int *s : shapes) {
     int R = s[0], NH = s[1], NKV = s[2], HS = s[3], positions = 40;
     size_t n = (size_t)R * (NH + 2 * NKV) * HS;
@@ -727,7 +727,7 @@ Two sequences in one cache, a prompt in one call and then position by position. 
 position 0, bit for bit against the training kernel.
 */
 static void test_attention_cached(void) {
-  const int shapes[][4] = {{2, 1, 64, 140}, {3, 3, 6, 20}, {20, 1, 64, 10}, {4, 2, 128, 67}};   // NH, NKV, HS, length
+  const int shapes[][4] = {{2, 1, 64, 140}, {3, 3, 6, 20}, {20, 1, 64, 10}, {4, 2, 128, 67}, {2, 1, 12, 30}};   // NH, NKV, HS, length
   for (const int *s : shapes) {
     int NH = s[0], NKV = s[1], HS = s[2], T = s[3], capacity = (T / KV_BLOCK + 1) * KV_BLOCK, sequences = 2;
     int prompt = T < 100 ? T - 2 : 3;
@@ -765,7 +765,7 @@ static void test_attention_cached(void) {
 }
 
 static void test_glu(void) {
-  const int shapes[][2] = {{40, 48}, {3, 37}, {2, 3000}};
+  const int shapes[][2] = {{40, 48}, {3, 37}, {4, 36}, {2, 3000}};
   for (const int *s : shapes) {
     for (int variant = 0; variant < 8; variant++) {
       int R = s[0], F = s[1], act = variant % 2 ? ACT_SILU : ACT_RELU2;
@@ -798,7 +798,7 @@ static void test_glu(void) {
 }
 
 static void test_cross_entropy(void) {
-  const int shapes[][2] = {{7, 40}, {3, 37}, {2, 9001}, {2, 9000}};
+  const int shapes[][2] = {{7, 40}, {3, 37}, {3, 44}, {2, 9001}, {2, 9000}};
   for (const int *s : shapes) {
     int R = s[0], V = s[1];
     Floats logits = activations((size_t)R * V, 4), coef = randoms((size_t)R, 1), want_losses((size_t)R), want_lse((size_t)R),
@@ -829,7 +829,7 @@ static void test_cross_entropy(void) {
 }
 
 static void test_policy(void) {
-  const int shapes[][2] = {{7, 40}, {3, 37}, {2, 9001}, {2, 9000}};
+  const int shapes[][2] = {{7, 40}, {3, 37}, {3, 44}, {2, 9001}, {2, 9000}};
   for (const int *s : shapes) {
     int R = s[0], V = s[1];
     Floats logits = activations((size_t)R * V, 2), ref = activations((size_t)R * V, 2), coef = randoms((size_t)R, 1),
@@ -853,7 +853,7 @@ static void test_policy(void) {
 }
 
 static void test_optimizer(void) {
-  const size_t sizes[] = {1, 37, 4096, 20001};
+  const size_t sizes[] = {1, 37, 44, 4096, 20001};
   for (size_t n : sizes) {
     Floats p = randoms(n, 1), m = randoms(n, 0.1f), v = randoms(n, 0.1f), g = randoms(n, 1);
     for (float &x : v) x *= x;
