@@ -117,10 +117,10 @@ static void product(const Product *p) {
 // ---------------------------------------------------------------------------------------------------------
 /*
 Integer products. What the library asks of int8 x int8 -> int32 in ordinary row or column order (its manual, cublasLtMatmul, "IMMA
-kernels"): the index that is summed over runs along memory in both operands; its length, the number of outputs, the distances of rows and
-all addresses are multiples of 4. Multiples of 16 are faster, and they are what we give it whatever the shape: weights are stored
-padded, int32 sums come padded, and activations whose rows are no multiple of 16 long (an FFN of 5,460) are copied to padded rows first.
-Zeros change no sum, so the bits are those of the unpadded product.
+kernels"): the index that is summed over runs along memory in both operands; its length, the number of outputs, the distances of rows
+and all addresses are multiples of 4. Multiples of 16 are faster, and they are what we give it whatever the shape: weights are stored
+padded, int32 sums come padded, and activations whose rows are no multiple of 16 long (an FFN of 5,460) are copied to padded rows
+first. Zeros change no sum, so the bits are those of the unpadded product.
 */
 
 // The one way in which a sum becomes an output; every path must round alike, so nothing here may be fused by the compiler.
@@ -654,10 +654,11 @@ static void product_backward(floatX *dx, float *dw, const floatX *dout, const Op
   }
 }
 
-// A block rounds row row0 + r of dy gamma, at random, to codes q (=) [rows,stride] with the scale s (=) [rows]; quant.h explains it, and
-// the random number of a place is the CPU's. A row that is not finite gets a NaN scale. Zeros from N on.
+// A block rounds row row0 + r of dy gamma, at random, to codes q (=) [rows,stride] with the scale s (=) [rows]; quant.h explains it,
+// and the random number of a place is the CPU's. A row that is not finite gets a NaN scale. Zeros from N on.
 template <int W>
-__global__ void round_rows_kernel(int8_t *q, float *s, const floatX *dout, const float *gamma, int N, int stride, uint32_t key, int row0) {
+__global__ void round_rows_kernel(int8_t *q, float *s, const floatX *dout, const float *gamma, int N, int stride, uint32_t key,
+                                  int row0) {
   size_t r = blockIdx.x;
   const floatX *dy = dout + r * N;
   uint32_t first = (uint32_t)(row0 + (int)r) * (uint32_t)N;
@@ -698,12 +699,13 @@ static void integer_input_gradient(floatX *dx, const floatX *dout, const BitWeig
   float *s = (float *)scratch_take((size_t)rows * sizeof(float));
   for (int r0 = 0; r0 < R; r0 += rows) {
     int m = R - r0 < rows ? R - r0 : rows;
-    LAUNCH_WIDTH(width, round_rows_kernel, (unsigned)m, row_threads(N, width), 0, q, s, dout + (size_t)r0 * N, w->gamma, N, Np, key, r0);
+    LAUNCH_WIDTH(width, round_rows_kernel, (unsigned)m, row_threads(N, width), 0, q, s, dout + (size_t)r0 * N, w->gamma, N, Np, key,
+                 r0);
     if (!integer_sums(sums, q, weight_turned_codes(w), m, Kp, Np)) {
       die(EXIT_FAILED, "cuBLASLt has no int8 kernel for a product of %d x %d x %d on %s; say dx_int8=0", m, Kp, Np, gpu_.prop.name);
     }
-    LAUNCH_WIDTH(width_out, finish_kernel, (unsigned)m, row_threads(K, width_out), 0, dx + (size_t)r0 * K, sums, s, NULL, NULL, NULL, K, K,
-                 Kp);
+    LAUNCH_WIDTH(width_out, finish_kernel, (unsigned)m, row_threads(K, width_out), 0, dx + (size_t)r0 * K, sums, s, NULL, NULL, NULL,
+                 K, K, Kp);
   }
 }
 

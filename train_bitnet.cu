@@ -714,8 +714,8 @@ __global__ void policy_backward_kernel(float *kl, floatX *logits, const float *l
 void policy_backward(float *kl, floatX *logits, const float *lse, const floatX *ref, const float *ref_lse, const int *targets,
                      const float *coef, const float *kl_coef, int R, int V) {
   int width = width_of((size_t)V);
-  LAUNCH_WIDTH(width, policy_backward_kernel, (unsigned)R, row_threads(V, width), 0, kl, logits, lse, ref, ref_lse, targets, coef, kl_coef,
-               V);
+  LAUNCH_WIDTH(width, policy_backward_kernel, (unsigned)R, row_threads(V, width), 0, kl, logits, lse, ref, ref_lse, targets, coef,
+               kl_coef, V);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -759,8 +759,8 @@ void adamw_update(float *p, float *m, float *v, const float *g, size_t n, const 
                   float beta1, float beta2, float eps, float wd, int t) {
   float correct1 = (float)(1.0 / (1.0 - pow((double)beta1, t))), correct2 = (float)(1.0 / (1.0 - pow((double)beta2, t)));
   int width = aligned16(p) && aligned16(m) && aligned16(v) && aligned16(g) ? width_of(n) : 1;
-  LAUNCH_WIDTH(width, adamw_kernel, blocks_for(n / (size_t)width, 256), 256, 0, p, m, v, g, n, segments, count, gscale, lr, beta1, beta2,
-               eps, wd, correct1, correct2);
+  LAUNCH_WIDTH(width, adamw_kernel, blocks_for(n / (size_t)width, 256), 256, 0, p, m, v, g, n, segments, count, gscale, lr, beta1,
+               beta2, eps, wd, correct1, correct2);
 }
 
 // ---------------------------------------------------------------------------------------------------------

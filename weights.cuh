@@ -223,7 +223,8 @@ void weight_pack_codes(BitWeight *w, int part, const int8_t *codes, float gamma)
 
 // codes (=) [rows,stride] of the outputs from n0 on, n0 a multiple of TILE_N; K <= stride <= padded(K), zeros from K on. A block takes
 // a tile, which lies in shared memory in between, so that packed is read and codes are written along their rows.
-__global__ void __launch_bounds__(TILE_K) weight_unpack_kernel(int8_t *codes, const uint32_t *packed, int n0, int rows, int K, int stride) {
+__global__ void __launch_bounds__(TILE_K) weight_unpack_kernel(int8_t *codes, const uint32_t *packed, int n0, int rows, int K,
+                                                               int stride) {
   __shared__ int8_t tile[TILE_N][TILE_K];
   int lane = threadIdx.x % WARP, step = threadIdx.x / WARP, k = blockIdx.x * TILE_K + threadIdx.x;
   uint32_t word = packed[word_at((size_t)(n0 / TILE_N + blockIdx.y) * gridDim.x + blockIdx.x, lane, step)];

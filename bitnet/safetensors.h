@@ -624,8 +624,8 @@ typedef struct {
   const char *key, *value;   // "format" and keys that begin with "crc32." are the writer's own
 } StMeta;
 
-// Gives elements first .. first+count-1 of entries[entry]: count floats, or count bytes for ST_U8, int32 for ST_I32. Called twice for each
-// element, first for the checksum, then for the file; both times it must give the same.
+// Gives elements first .. first+count-1 of entries[entry]: count floats, or count bytes for ST_U8, int32 for ST_I32. Called twice for
+// each element, first for the checksum, then for the file; both times it must give the same.
 typedef void (*StSource)(void *ctx, size_t entry, size_t first, size_t count, void *out);
 
 #define ST_CHUNK_ ((size_t)1 << 16)   // elements that the writer asks for at once

@@ -222,7 +222,8 @@ static void bench_op_(Bench *x, int op) {
   LayerWeights *w = &m->weights[0];
   const LayerSlots *s = &m->table.layers[0];
   float *p = m->params, *g = m->grads;
-  int R = m->R, block = bench_block_(m), C = c->dim, F = c->ffn_dim, NH = c->heads, NKV = c->kv_heads, HS = c->head_dim, n = m->head_rows;
+  int R = m->R, block = bench_block_(m), C = c->dim, F = c->ffn_dim, NH = c->heads, NKV = c->kv_heads, HS = c->head_dim,
+      n = m->head_rows;
   switch (op) {
     case OP_QUANTIZE:
       weight_quantize(&w->qkv, p + s->qkv, m->lambda);
@@ -254,7 +255,9 @@ static void bench_op_(Bench *x, int op) {
       linear_backward(m->dfinal, g + m->table.head, m->logits, m->final, p + m->table.head, n, c->vocab, C, m->precision);
       break;
     case OP_QKV_BACK: bitlinear_backward(m->dh, g + s->qkv, NULL, m->dwide, &a->h1, &w->qkv, R); break;
-    case OP_ATTENTION_BACK: attention_backward(m->dwide, m->datt, a->att, a->lse, a->qkv, m->start, m->B, m->T, NH, NKV, HS, m->precision); break;
+    case OP_ATTENTION_BACK:
+      attention_backward(m->dwide, m->datt, a->att, a->lse, a->qkv, m->start, m->B, m->T, NH, NKV, HS, m->precision);
+      break;
     case OP_O_BACK: bitlinear_backward(m->dh, g + s->o, NULL, m->dres, &a->h2, &w->o, R); break;
     case OP_GATE_UP_BACK: bitlinear_backward(m->dh, g + s->gate_up, NULL, m->dwide, &a->h3, &w->gate_up, block); break;
     case OP_GLU_BACK: glu_backward(m->dwide, g + s->sub2, m->dh, a->gate_up, p + s->sub2, a->rstd4, block, F, c->activation); break;

@@ -48,8 +48,8 @@ static void pretrain_describe_(void *ctx, StrBuf *b) {
 }
 
 /*
-The tokenizer of the run. A run that starts from a model (from, or "") uses the model's; arithmetic brings its own; shards have it in the
-directory tokenizer=, or beside them. Returns 0 if there is none: then vocab= must be given, and there are no samples.
+The tokenizer of the run. A run that starts from a model (from, or "") uses the model's; arithmetic brings its own; shards have it in
+the directory tokenizer=, or beside them. Returns 0 if there is none: then vocab= must be given, and there are no samples.
 */
 static int pretrain_tokenizer_(Tokenizer *tok, const Options *o, const char *from) {
   char dir[4096], path[4096];

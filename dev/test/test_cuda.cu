@@ -427,8 +427,8 @@ static void test_bitlinear_forward(void) {
         Act rounded_want(want);
         CHECK(out.same_bits(rounded_want), "integer product differs: R %d N %d K %d", R, w.g.N, K);
         Act blas(n);   // the library's path takes every shape
-        CHECK(blas_integer_forward(blas.p, &gq.q, &w.g, bias ? NULL : gres.p, R) && blas.same_bits(out), "R %d N %d K %d by the library", R,
-              w.g.N, K);
+        CHECK(blas_integer_forward(blas.p, &gq.q, &w.g, bias ? NULL : gres.p, R) && blas.same_bits(out),
+              "R %d N %d K %d by the library", R, w.g.N, K);
       } else {
         // A mix that differs in its last fp32 bit (a fused multiply-add) may be rounded to the other bf16 neighbour.
         double bound = precision == PRECISION_FP32 ? 1e-5 : lambda < 1 ? 1e-3 : 2e-5;
@@ -528,8 +528,8 @@ static void test_bitlinear_backward(void) {
 }
 
 /*
-dx_int8: the codes of the rounded gradient, and so dx, are the CPU's bit for bit, in one piece and in several; dw is what it is without;
-another key gives another dx; a row that is not finite is seen, and only there.
+dx_int8: the codes of the rounded gradient, and so dx, are the CPU's bit for bit, in one piece and in several; dw is what it is
+without; another key gives another dx; a row that is not finite is seen, and only there.
 */
 static void test_dx_int8(void) {
   const int shapes[][5] = {{5, 40, 0, 0, 48}, {70, 17, 9, 6, 37}, {40, 16, 16, 0, 136}, {9, 12, 8, 0, 20}, {3, 5, 0, 0, 5}};
@@ -717,7 +717,8 @@ static void test_attention(void) {
     close_act("out", out.out(), want);
     close_f32("lse", lse.out(), want_lse);
     attention_backward(d.p, gdout.p, out.p, lse.p, gqkv.p, gstart.p, B, T, NH, NKV, HS, PRECISION_FP32);
-    cpu::attention_backward(want_d.data(), dout.data(), want.data(), want_lse.data(), qkv.data(), start.data(), B, T, NH, NKV, HS, PRECISION_FP32);
+    cpu::attention_backward(want_d.data(), dout.data(), want.data(), want_lse.data(), qkv.data(), start.data(), B, T, NH, NKV, HS,
+                            PRECISION_FP32);
     close_act("dqkv", d.out(), want_d, 8e-3, 2e-5);
   }
 }

@@ -213,10 +213,12 @@ static void test_head(void) {
                *z = dev_acts_(NULL, ny);
         embedding_forward(a, tokens, wte, (int)R, C);
         head_embedding(b, tokens, &h, (int)R);
-        CHECK(same_bits_(read_acts_(a, nx), read_acts_(b, nx), nx * sizeof(float)), "[%d,%d] form %d, %zu rows: embedding", V, C, form, R);
+        CHECK(same_bits_(read_acts_(a, nx), read_acts_(b, nx), nx * sizeof(float)),
+              "[%d,%d] form %d, %zu rows: embedding", V, C, form, R);
         linear_forward(y, x, wte, (int)R, V, C, precision);
         head_forward(z, x, &h, (int)R);
-        CHECK(same_bits_(read_acts_(y, ny), read_acts_(z, ny), ny * sizeof(float)), "[%d,%d] form %d, %zu rows: logits", V, C, form, R);
+        CHECK(same_bits_(read_acts_(y, ny), read_acts_(z, ny), ny * sizeof(float)),
+              "[%d,%d] form %d, %zu rows: logits", V, C, form, R);
       }
       end_test_();
     }
@@ -224,7 +226,7 @@ static void test_head(void) {
 }
 
 /*
-Tables and inputs that are easy, or made to mislead a screen. Fills table [V,C] and x [R,C] and returns a name, or NULL behind the last.
+Tables and inputs that are easy, or made to mislead a screen. Fills table [V,C] and x [R,C] and returns a name, NULL behind the last.
 */
 static const char *screen_case_(int number, float *table, float *x, int V, int C, int R) {
   size_t n = (size_t)V * (size_t)C, m = (size_t)R * (size_t)C;
@@ -414,7 +416,7 @@ static const char *frozen_case_(int f, Config *c, int *precision, int *half) {
   return dir;
 }
 
-// Loaded frozen, a model's logits, losses and texts are those of the same directory loaded with float weights and quantised at lambda = 1.
+// Loaded frozen, a model's logits, losses and texts are those of the same directory with float weights quantised at lambda = 1.
 static void test_frozen(void) {
   enum { T = 75, NEW = 30 };
   static const Sampler samplers[] = {{0, 0, 1, 1}, {0.9, 8, 0.95, 2}};

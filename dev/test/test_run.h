@@ -1,8 +1,8 @@
 /*
 test_run.h: tests of whole runs: what a user starts, stops, kills, resumes and damages.
 
-What it is:  most tests start the program itself (./train_bitnet, or the one that BITNET_BINARY names) on tiny models; those that break a
-             single write operation call checkpoint_save in a child process.
+What it is:  most tests start the program itself (./train_bitnet, or the one that BITNET_BINARY names) on tiny models; those that break
+             a single write operation call checkpoint_save in a child process.
 Read before: check.h, bitnet/trainer.h, bitnet/checkpoint.h.
 Defines:     RUN_TESTS, the rows for the table of tests.
 */
@@ -242,7 +242,8 @@ static void test_run_signal(void) {
   snprintf(
       line, sizeof line,
       "%s " TINY
-      "run_dir=%s steps=100000 >%s/out 2>%s/err & p=$!; while kill -0 $p && ! grep -qs 'step *3' %s/err; do sleep 0.05; done; kill -TERM $p; wait $p",
+      "run_dir=%s steps=100000 >%s/out 2>%s/err & p=$!; "
+      "while kill -0 $p && ! grep -qs 'step *3' %s/err; do sleep 0.05; done; kill -TERM $p; wait $p",
       binary_(), base, base, base, base);
   fflush(NULL);
   int status = system(line);
@@ -458,7 +459,8 @@ static void test_dry_run(void) {
   for (int r = 0; r < 2 && n == 3; r++) {
     const char *option = r ? "recompute=1" : "";
     double fits = dry_total_(batch[r], option), fails = dry_total_(batch[r] + 1, option);
-    CHECK(fits <= there + 0.1 && fails >= there - 0.1, "batch %d takes %.1f MB, one more %.1f, free %.1f", batch[r], fits, fails, there);
+    CHECK(fits <= there + 0.1 && fails >= there - 0.1, "batch %d takes %.1f MB, one more %.1f, free %.1f", batch[r], fits, fails,
+          there);
   }
 }
 
