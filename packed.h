@@ -76,9 +76,7 @@ static inline ivec ivec_four(const int8_t *p) { uint32_t w; memcpy(&w, p, 4); re
 static inline ivec ivec_dot(ivec acc, ivec u, ivec s) {
   return vreinterpretq_u8_s32(vdotq_s32(vreinterpretq_s32_u8(acc), vreinterpretq_s8_u8(u), vreinterpretq_s8_u8(s)));
 }
-static inline ivec ivec_add(ivec a, ivec b) {
-  return vreinterpretq_u8_s32(vaddq_s32(vreinterpretq_s32_u8(a), vreinterpretq_s32_u8(b)));
-}
+static inline ivec ivec_add(ivec a, ivec b) { return vreinterpretq_u8_s32(vaddq_s32(vreinterpretq_s32_u8(a), vreinterpretq_s32_u8(b))); }
 #define ivec_down(v, bits) ((bits) ? vreinterpretq_u8_s32(vshrq_n_s32(vreinterpretq_s32_u8(v), (bits) ? (bits) : 1)) : (v))
 #define ivec_up(v, bits) vreinterpretq_u8_s32(vshlq_n_s32(vreinterpretq_s32_u8(v), bits))
 #endif

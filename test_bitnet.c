@@ -8,6 +8,7 @@ Read before: dev/test/check.h.
 
     ./test_bitnet            all tests; exit code 0 if all pass
     ./test_bitnet gemm       only the tests with "gemm" in their name
+    ./test_bitnet 1/3        every third test, from the first on
     ./test_bitnet --list     names and what they are about
 */
 #define TESTING
