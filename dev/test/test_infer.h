@@ -203,6 +203,7 @@ static void test_head(void) {
       float *table = normals_((size_t)V * (size_t)C, 0, 0.3);
       if (half) round_to_bf16_(table, (size_t)V * (size_t)C);
       Head h = new_head_(table, V, C, half, precision, 0);
+      reserve_scratch_bytes_(ops_scratch_bytes(70, (size_t)V, (size_t)C));
       float *wte = dev_floats_(table, (size_t)V * (size_t)C);
       for (size_t k = 0; k < ARRAY_LEN(rows); k++) {
         size_t R = (size_t)rows[k], nx = R * (size_t)C, ny = R * (size_t)V;
