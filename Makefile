@@ -180,7 +180,7 @@ EMU_PARTS = testemu_table_1 testemu_table_2 testemu_table_3 testemu_curve $(addp
 testemu:
 	$(MAKE) -j$(EMU_JOBS) --output-sync=target $(EMU_PARTS)
 
-testemu_table_%: emu_bitnet_f32 emu_train_f32
+testemu_table_1 testemu_table_2 testemu_table_3: testemu_table_%: emu_bitnet_f32 emu_train_f32
 	BITNET_BINARY=./emu_train_f32 ./emu_bitnet_f32 $*/3
 
 testemu_curve: emu_train_f32 train_bitnet
