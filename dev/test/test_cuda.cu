@@ -216,6 +216,18 @@ struct CpuQ {
   const int8_t *codes() const { return (const int8_t *)memory.data(); }
 };
 
+// The same rows quantised on both sides.
+struct BothQ {
+  GpuQ gpu;
+  CpuQ host;
+  BothQ(const Floats &x, int R, int K, float lambda, int bits)
+      : gpu((size_t)R, (size_t)K, lambda, bits), host((size_t)R, (size_t)K, lambda, bits) {
+    Acts gx(x);
+    act_quant_forward(&gpu.q, gx.p, R, K);
+    cpu::act_quant_forward(&host.q, x.data(), R, K);
+  }
+};
+
 // Codes may differ only where the value before rounding lies within 1e-5 of a tie; few of those may be.
 static void same_codes(const char *name, const GpuQ &got, const CpuQ &want, size_t n, int allowed) {
   std::vector<int8_t> codes = got.codes(n);
@@ -375,20 +387,17 @@ static void test_bitlinear_forward(void) {
       Weight w(s[1], s[2], s[3], K, precision, bias);
       size_t n = (size_t)R * w.g.N;
       Floats x = activations((size_t)R * K, 1), residual = activations(n, 1), want(n);
-      Acts gx(x), gres(residual), out(n);
-      GpuQ gq((size_t)R, (size_t)K, lambda, bits);
-      CpuQ cq((size_t)R, (size_t)K, lambda, bits);
+      Acts gres(residual), out(n);
+      BothQ q(x, R, K, lambda, bits);
       w.quantize(lambda);
       reserve_scratch((size_t)R, (size_t)w.g.N, (size_t)K);
-      act_quant_forward(&gq.q, gx.p, R, K);
-      cpu::act_quant_forward(&cq.q, x.data(), R, K);
-      bitlinear_forward(out.p, &gq.q, &w.g, bias ? NULL : gres.p, R);
-      cpu::bitlinear_forward(want.data(), &cq.q, &w.c, bias ? NULL : residual.data(), R);
+      bitlinear_forward(out.p, &q.gpu.q, &w.g, bias ? NULL : gres.p, R);
+      cpu::bitlinear_forward(want.data(), &q.host.q, &w.c, bias ? NULL : residual.data(), R);
       if (lambda == 1 && bits > 0) {   // integers: the same bits, after the same rounding to activations
         Acts rounded_want(want);
         CHECK(out.same_bits(rounded_want), "integer product differs: R %d N %d K %d", R, w.g.N, K);
         Acts blas(n);   // the library's path takes every shape
-        CHECK(blas_integer_forward(blas.p, &gq.q, &w.g, bias ? NULL : gres.p, R) && blas.same_bits(out),
+        CHECK(blas_integer_forward(blas.p, &q.gpu.q, &w.g, bias ? NULL : gres.p, R) && blas.same_bits(out),
               "R %d N %d K %d by the library", R, w.g.N, K);
       } else {
         // A mix that differs in its last fp32 bit (a fused multiply-add) may be rounded to the other bf16 neighbour.
@@ -440,14 +449,11 @@ static void test_packed(void) {
       CHECK(gamma.out() == cpu_gamma, "gamma differs at %d+%d+%d x %d", s[0], s[1], s[2], K);
       for (int R : rows) {
         Floats x = activations((size_t)R * K, 1), residual = activations((size_t)R * N, 1), y((size_t)R * N);
-        Acts gx(x), gres(residual), out((size_t)R * N);
-        GpuQ gq((size_t)R, (size_t)K, 1, 8);
-        CpuQ cq((size_t)R, (size_t)K, 1, 8);
+        Acts gres(residual), out((size_t)R * N);
+        BothQ q(x, R, K, 1, 8);
         reserve_scratch((size_t)R, N, (size_t)K);
-        act_quant_forward(&gq.q, gx.p, R, K);
-        cpu::act_quant_forward(&cq.q, x.data(), R, K);
-        bitlinear_forward(out.p, &gq.q, &g, gres.p, R);
-        cpu::bitlinear_forward(y.data(), &cq.q, &c, residual.data(), R);
+        bitlinear_forward(out.p, &q.gpu.q, &g, gres.p, R);
+        cpu::bitlinear_forward(y.data(), &q.host.q, &c, residual.data(), R);
         Acts rounded_want(y);
         CHECK(out.same_bits(rounded_want), "packed product differs: R %d N %zu K %d variant %d", R, N, K, variant);
       }
@@ -469,16 +475,13 @@ static void test_bitlinear_backward(void) {
       size_t n = (size_t)R * w.g.N, nw = (size_t)w.g.N * K;
       Floats x = activations((size_t)R * K, 1), dout = activations(n, 1), dw = randoms(nw, 1), db = randoms((size_t)w.g.N, 1);
       Floats want_dx((size_t)R * K), want_dw = dw, want_db = db;
-      Acts gx(x), gdout(dout), dx((size_t)R * K);
+      Acts gdout(dout), dx((size_t)R * K);
       Dev<float> gdw(dw), gdb(db);
-      GpuQ gq((size_t)R, (size_t)K, lambda, bits);
-      CpuQ cq((size_t)R, (size_t)K, lambda, bits);
+      BothQ q(x, R, K, lambda, bits);
       w.quantize(lambda);
       reserve_scratch((size_t)R, (size_t)w.g.N, (size_t)K);
-      act_quant_forward(&gq.q, gx.p, R, K);
-      cpu::act_quant_forward(&cq.q, x.data(), R, K);
-      bitlinear_backward(dx.p, gdw.p, bias ? gdb.p : NULL, gdout.p, &gq.q, &w.g, R);
-      cpu::bitlinear_backward(want_dx.data(), want_dw.data(), bias ? want_db.data() : NULL, dout.data(), &cq.q, &w.c, R);
+      bitlinear_backward(dx.p, gdw.p, bias ? gdb.p : NULL, gdout.p, &q.gpu.q, &w.g, R);
+      cpu::bitlinear_backward(want_dx.data(), want_dw.data(), bias ? want_db.data() : NULL, dout.data(), &q.host.q, &w.c, R);
       bool fp32 = precision == PRECISION_FP32;   // in the fp32 build; bf16 operands are rounded at different places on the two sides
       close_act("dx", dx.out(), want_dx, PRODUCT, fp32 ? 1e-5 : 6e-3);
       close_act("dw", gdw.out(), want_dw, PRODUCT, fp32 ? 1e-5 : 6e-3);
@@ -506,28 +509,25 @@ static void test_dx_int8(void) {
       dev_copy(exact.gmaster.p, w.gmaster.p, N * (size_t)K * sizeof(float));
       Floats x = activations((size_t)R * K, 1), dout = activations(n, 1), dw(N * K), want((size_t)R * K), want_dw = dw;
       for (size_t k = 0; k < N; k++) dout[N + k] = 0;                  // a row without gradient
-      Acts gx(x), gdout(dout), dx((size_t)R * K), other((size_t)R * K);
+      Acts gdout(dout), dx((size_t)R * K), other((size_t)R * K);
       Dev<float> gdw(dw), gdw_exact(dw);
-      GpuQ gq((size_t)R, (size_t)K, 1, 8);
-      CpuQ cq((size_t)R, (size_t)K, 1, 8);
+      BothQ q(x, R, K, 1, 8);
       w.quantize(1);
       reserve_scratch((size_t)R, N, (size_t)K);
-      act_quant_forward(&gq.q, gx.p, R, K);
-      cpu::act_quant_forward(&cq.q, x.data(), R, K);
       weight_quantize(&exact.g, exact.gmaster.p, 1);
-      bitlinear_backward(other.p, gdw_exact.p, NULL, gdout.p, &gq.q, &exact.g, R);
-      bitlinear_backward(dx.p, gdw.p, NULL, gdout.p, &gq.q, &w.g, R);
-      cpu::bitlinear_backward(want.data(), want_dw.data(), NULL, dout.data(), &cq.q, &w.c, R);
+      bitlinear_backward(other.p, gdw_exact.p, NULL, gdout.p, &q.gpu.q, &exact.g, R);
+      bitlinear_backward(dx.p, gdw.p, NULL, gdout.p, &q.gpu.q, &w.g, R);
+      cpu::bitlinear_backward(want.data(), want_dw.data(), NULL, dout.data(), &q.host.q, &w.c, R);
       Acts rounded_want(want);
       CHECK(dx.same_bits(rounded_want), "dx differs from the CPU's: R %d N %zu K %d pieces %d", R, N, K, pieces);
       CHECK(norm_error(dx.out(), other.out()) < 0.02, "dx is %.3g off the exact one", norm_error(dx.out(), other.out()));
       CHECK(gdw.out() == gdw_exact.out(), "dw depends on dx_int8");
       w.g.noise++;
-      bitlinear_backward(other.p, gdw.p, NULL, gdout.p, &gq.q, &w.g, R);
+      bitlinear_backward(other.p, gdw.p, NULL, gdout.p, &q.gpu.q, &w.g, R);
       CHECK(!other.same_bits(dx), "another key gives the same dx");
       dout[2 * N + 3] = pieces ? NAN : INFINITY;
       Acts bad(dout);
-      bitlinear_backward(dx.p, gdw.p, NULL, bad.p, &gq.q, &w.g, R);
+      bitlinear_backward(dx.p, gdw.p, NULL, bad.p, &q.gpu.q, &w.g, R);
       Floats got = dx.out();
       CHECK(isnan(got[2 * (size_t)K]) && isfinite(got[0]) && got[(size_t)K] == 0, "rows 0, 1, 2: %g %g %g", got[0], got[(size_t)K],
             got[2 * (size_t)K]);
