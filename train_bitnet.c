@@ -706,8 +706,7 @@ void bitlinear_backward(floatX *dx, float *dw, float *dbias, const floatX *dout,
   if (rounded) {
     float *ones = scratch;
     for (size_t k = 0; k < K; k++) ones[k] = 1;
-    gemm_i8_rounded(dx, dout, w->gamma, transposed_panels(w), ones, (size_t)R, N, K, (uint32_t)(w->noise ^ w->noise >> 32),
-                    ones + (K + 15) / 16 * 16);
+    gemm_i8_rounded(dx, dout, w->gamma, transposed_panels(w), ones, (size_t)R, N, K, (uint32_t)(w->noise ^ w->noise >> 32), ones + (K + 15) / 16 * 16);
     scratch = gemm_scratch((size_t)R, N, K);
   } else {
     gemm(&g, scratch);
@@ -1032,10 +1031,8 @@ void attention_backward(floatX *dqkv, const floatX *dout, const floatX *out, con
           memset(dv, 0, (n + KEY_ROOM) * f.columns * sizeof(float));
           for (int h = kvh * (NH / NKV); h < (kvh + 1) * (NH / NKV); h++) {
             for (size_t t0 = 0; t0 < n; t0 += QUERIES) {
-              size_t m = n - t0 < QUERIES ? n - t0 : QUERIES, r = row + t0, at = r * width + (size_t)h * HS,
-                  q_at = r * QKV + (size_t)h * HS;
-              attend_columns_backward(&f, dqkv + q_at, &d, dout + at, out + at, width, qkv + q_at, QKV, lse + r * NH + h, (size_t)NH,
-                                      t0, m);
+              size_t m = n - t0 < QUERIES ? n - t0 : QUERIES, r = row + t0, at = r * width + (size_t)h * HS, q_at = r * QKV + (size_t)h * HS;
+              attend_columns_backward(&f, dqkv + q_at, &d, dout + at, out + at, width, qkv + q_at, QKV, lse + r * NH + h, (size_t)NH, t0, m);
             }
           }
           copy_rows(dqkv + k_at, QKV, dk, f.columns, n, (size_t)HS);

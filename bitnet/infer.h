@@ -7,8 +7,8 @@ What it is:  a Session holds the caches of several sequences side by side and fe
              training recomputes.
 What not:    no chat templates and no files; no threads.
 Read before: bitnet/model.h.
-Defines:     Session, session_open, session_free, session_rows, session_logits, session_best, session_logp, session_forward; RunMemory,
-             run_memory; Sampler, sample_token; Prompt, generate.
+Defines:     Session, session_open, session_free, session_rows, session_logits, session_best, session_logp, session_forward; RunMemory, run_memory;
+             Sampler, sample_token; Prompt, generate.
 */
 #ifndef BITNET_INFER_H
 #define BITNET_INFER_H

@@ -268,8 +268,7 @@ static const Preset presets[] = {
      "dim=128 layers=3 heads=4 ffn_dim=384 steps=1200 batch_size=256 lr=4e-3 warmup_steps=60 lambda_warmup_frac=0.2 min_lr=0 "
      "init_std=0.1 save_every=400"},
     {"simple", "100 steps of arithmetic with a small batch: does everything work here?",
-     "dim=128 layers=3 heads=4 ffn_dim=384 steps=100 batch_size=64 lr=4e-3 warmup_steps=10 lambda_warmup_frac=0.2 min_lr=0 "
-     "init_std=0.1"},
+     "dim=128 layers=3 heads=4 ffn_dim=384 steps=100 batch_size=64 lr=4e-3 warmup_steps=10 lambda_warmup_frac=0.2 min_lr=0 init_std=0.1"},
     {"tinystories", "12M parameters for TinyStories or a text of your own; give data=",
      "dim=384 layers=6 heads=8 kv_heads=4 ffn_dim=1152 seq_len=256 steps=5000 batch_size=16 grad_accum=2 lr=1.5e-3 "
      "lr_schedule=two_stage warmup_steps=250 "
@@ -301,8 +300,7 @@ static const Preset grpo_presets[] = {
     {"questions", "questions with answers from a file: data=FILE.jsonl",
      "data= steps=100 batch_size=1 lr=1e-5 warmup_steps=0 lr_schedule=constant lambda_schedule=none"},
     {"arithmetic", "sums and differences: a model that was stopped early practises on, by reward alone",
-     "steps=400 batch_size=32 group_size=8 grad_accum=8 beta=0.001 lr=1e-3 warmup_steps=5 min_lr=0 weight_decay=0 "
-     "lambda_schedule=none qa_template=plain "
+     "steps=400 batch_size=32 group_size=8 grad_accum=8 beta=0.001 lr=1e-3 warmup_steps=5 min_lr=0 weight_decay=0 lambda_schedule=none qa_template=plain "
      "guiding_prompt== second_max_length=5"}};
 
 // By the number that a mode has in its column "presets"; 0: it takes none.

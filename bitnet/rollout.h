@@ -115,7 +115,7 @@ UNUSED static void samples_draw(SampleSet *s, int first, int n, Session *session
 
 /*
 Leaves out what need not be computed: equal answers inside a group of G have the same gradient, so one of them stands for all; and
-with without_zeros, answers with advantage 0, which have none. Samples that stay come first, in their order; set->n counts them.
+with without_zeros, answers with advantage 0, which have none. Samples that stay come first, in their order, and set->n is their number.
 */
 UNUSED static void samples_merge(SampleSet *s, int G, int without_zeros) {
   int kept = 0;

@@ -25,30 +25,22 @@ static const Mode modes[] = {
     {"pretrain", "[PRESET] [key=value]...", "train a model from random weights, or from init=DIR; go on with resume=RUN",
      GROUP_MODEL | GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_COMMAND, 1, 0, mode_pretrain},
     {"chat", "DIR", "talk to a model: type a prompt, read its answer", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_chat},
-    {"generate", "DIR prompt=TEXT", "continue a text; the text alone goes to stdout", GROUP_SHARED | GROUP_INFERENCE, 0, 1,
-     mode_generate},
-    {"eval", "DIR [data=GLOB | task=NAME file=FILE]", "loss and exact match on held-out data; benchmarks; answers to questions",
-     GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_INFERENCE | GROUP_QA, 0, 1, mode_eval},
-    {"grpo", "[PRESET] init=DIR [data=FILE]",
-     "improve a model by rewards: its own answers, good ones made more likely; go on with resume=RUN",
+    {"generate", "DIR prompt=TEXT", "continue a text; the text alone goes to stdout", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_generate},
+    {"eval", "DIR [data=GLOB | task=NAME file=FILE]", "loss and exact match on held-out data; benchmarks; answers to questions", GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_INFERENCE | GROUP_QA, 0, 1, mode_eval},
+    {"grpo", "[PRESET] init=DIR [data=FILE]", "improve a model by rewards: its own answers, good ones made more likely; go on with resume=RUN",
      GROUP_GRPO | GROUP_QA | GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_COMMAND, 2, 0, mode_grpo},
-    {"logits", "DIR ids=\"1 2 3\"", "one line per position with all logits, for checking against a reference",
-     GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_logits},
-    {"perplexity", "DIR file=TEXT | data=GLOB", "how well a model predicts a text, per token and per byte",
-     GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_perplexity},
+    {"logits", "DIR ids=\"1 2 3\"", "one line per position with all logits, for checking against a reference", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_logits},
+    {"perplexity", "DIR file=TEXT | data=GLOB", "how well a model predicts a text, per token and per byte", GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_perplexity},
     {"convert", "init=MODEL out=DIR | params=750M out=DIR", "write a model in another form, or make a new one",
      GROUP_MODEL | GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_INFERENCE | GROUP_CONVERT, 0, 2, mode_convert},
-    {"tokenize", "DIR", "text on stdin, token ids on stdout, line by line; decode=1: the other way", GROUP_INFERENCE, 0, 1,
-     mode_tokenize},
-    {"bench", "[peaks|products|train|ops|decode]", "what the machine can do, and how much of it we use", GROUP_SHARED | GROUP_TRAINING,
-     0, 2, mode_bench}};
+    {"tokenize", "DIR", "text on stdin, token ids on stdout, line by line; decode=1: the other way", GROUP_INFERENCE, 0, 1, mode_tokenize},
+    {"bench", "[peaks|products|train|ops|decode]", "what the machine can do, and how much of it we use", GROUP_SHARED | GROUP_TRAINING, 0, 2, mode_bench}};
 
 // Everything main does. Returns the exit code.
 static int run_mode(int argc, char **argv) {
   Options o;
   const Mode *mode = options_parse(&o, argc, argv, modes, ARRAY_LEN(modes));
-  if (mode->dir == 1 && o.dir[0] == 0)
-    die(EXIT_USAGE, "%s needs a model directory: ./train_bitnet %s %s", mode->name, mode->name, mode->args);
+  if (mode->dir == 1 && o.dir[0] == 0) die(EXIT_USAGE, "%s needs a model directory: ./train_bitnet %s %s", mode->name, mode->name, mode->args);
   dev_init(o.threads);
   if (options_is_set(&o, "precision")) refuse_precision(o.precision);
   mode->run(&o);
