@@ -249,8 +249,7 @@ static const char *const option_aliases[][2] = {
     {"rmsnorm_post_attn", "attn_sub_norm"}, {"base_model", "init"}, {"model_path", "init"}, {"dataset", "data"},
     {"output_dir", "run_dir"}, {"out_dir", "run_dir"}, {"run_id", "name"},
     {"save_interval", "save_every"}, {"steps_per_eval", "eval_every"}, {"steps_per_report", "log_every"}, {"max_new_tokens", "n"},
-    {"log_interval", "log_every"}, {"template", "qa_template"}, {"loss_reduction", "loss_type"}, {"num_layers", "layers"},
-    {"hidden_size", "dim"}, {"intermediate_size", "ffn_dim"}, {"vocab_size", "vocab"}};
+    {"log_interval", "log_every"}, {"template", "qa_template"}, {"loss_reduction", "loss_type"}, {"num_layers", "layers"}, {"hidden_size", "dim"}, {"intermediate_size", "ffn_dim"}, {"vocab_size", "vocab"}};
 
 // The same where a name means something else in one mode.
 static const char *const option_mode_aliases[][3] = {{"grpo", "max_length", "max_new"}, {"grpo", "max_completion_length", "max_new"}};
@@ -560,8 +559,7 @@ static void preset_apply_(Options *o, const Preset *p) {
 
 // Prints the table (all of it, or the groups of one mode) to stdout.
 UNUSED static void options_help(const Mode *modes, size_t n_modes, const Mode *mode) {
-  static const char *const titles[] = {"Model", "Training", "Data", "Seed and precision", "Running", "Inference", "General",
-                                       "This call", "Convert",
+  static const char *const titles[] = {"Model", "Training", "Data", "Seed and precision", "Running", "Inference", "General", "This call", "Convert",
                                        "Reinforcement", "Questions"};
   Options o;
   options_defaults(&o);
