@@ -71,6 +71,7 @@ int main(int argc, char **argv) {
   wait_briefly(argv);
 #endif
   dev_init(0);
+  before_test = end_test_;
   printf("%s\n", dev_name());
   if (filter && strcmp(filter, "--list") == 0) {
     for (size_t i = 0; i < ARRAY_LEN(tests); i++) printf("%-28s %s\n", tests[i].name, tests[i].about);

@@ -25,6 +25,7 @@ enum { EMULATED = 0 };
 #endif
 
 static int check_failures;   // of the test that is running
+UNUSED static void (*before_test)(void);   // if set, called before each test, so that none depends on the one before it
 
 // CHECK(condition, "format", values...): on failure prints where, the condition and the message.
 #define CHECK(cond, ...)                                                        \
@@ -111,6 +112,7 @@ UNUSED static int run_tests(const Test *tests, size_t n, const char *filter) {
   for (size_t i = 0; i < n; i++) {
     if (in_parts ? i % parts + 1 != part : filter && strstr(tests[i].name, filter) == NULL) continue;
     check_failures = 0;
+    if (before_test) before_test();
     double t0 = time_now();
     tests[i].fn();
     printf("%s  %-28s %6.2f s  %s\n", check_failures ? "FAIL" : "ok  ", tests[i].name, time_now() - t0, tests[i].about);
