@@ -97,7 +97,7 @@ CUBLAS_SO   = $(firstword $(wildcard $(foreach d,lib64 lib lib/x86_64-linux-gnu 
 CUDA_FLAGS = $(if $(FP32),-DBITNET_FLOATX_F32) -std=c++17 -O3 -arch=$(ARCH) -I. -I$(CUBLAS_ROOT)/include -DBITNET_COMMIT='"$(COMMIT)"' \
              $(if $(WERROR),-Werror all-warnings) -Xcompiler -Wall$(comma)-Wextra$(if $(WERROR),$(comma)-Werror)
 CUDA_LIBS  = -Xlinker $(CUBLAS_SO) -Xlinker -rpath$(comma)$(dir $(CUBLAS_SO))
-CUDA_SOURCE = train_bitnet.cu attention.cuh $(HEADERS)
+CUDA_SOURCE = train_bitnet.cu $(wildcard *.cuh) $(HEADERS)
 comma      = ,
 
 # One line that says what is missing; nothing if all is there.
@@ -118,7 +118,7 @@ train_bitnetcu: $(CUDA_SOURCE)
 cpu_ops.o: train_bitnet.c $(HEADERS)
 	$(BUILD) -DTESTING -c -o $@ train_bitnet.c
 
-test_cuda_bf16 test_cuda_f32: test_cuda_%: dev/test/test_cuda.cu dev/test/check.h cpu_ops.o $(CUDA_SOURCE)
+test_cuda_bf16 test_cuda_f32: test_cuda_%: dev/test/test_cuda.cu dev/test/check.h dev/cuda/memory.cuh cpu_ops.o $(CUDA_SOURCE)
 	$(NVCC_BUILD) $(if $(filter f32,$*),-DBITNET_FLOATX_F32) -Xcompiler -fopenmp -o $@ dev/test/test_cuda.cu cpu_ops.o $(CUDA_LIBS)
 
 test_bitnetcu: $(TESTS) $(CUDA_SOURCE)
@@ -134,7 +134,7 @@ testcu: train_bitnetcu test_cuda_bf16 test_cuda_f32 test_bitnetcu
 KERNELS    = rmsnorm_quant ternary_product attention_forward
 BENCH_CUDA = $(addprefix bench_cuda_,$(KERNELS))
 
-$(BENCH_CUDA): bench_cuda_%: dev/cuda/%.cu dev/cuda/versions.cuh $(CUDA_SOURCE)
+$(BENCH_CUDA): bench_cuda_%: dev/cuda/%.cu $(wildcard dev/cuda/*.cuh) $(CUDA_SOURCE)
 	$(NVCC_BUILD) -o $@ $< $(CUDA_LIBS)
 
 benchcu: $(BENCH_CUDA)
@@ -155,7 +155,7 @@ EMU_ASAN  = -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 EMU_FLOATX = $(if $(findstring f32,$@),-DBITNET_FLOATX_F32)
 EMU_TESTS = emu_ops_bf16 emu_ops_f32 emu_asan_bf16 emu_asan_f32
 
-$(EMU_TESTS): dev/test/test_cuda.cu dev/test/check.h dev/cuda_emu.h cpu_ops.o $(CUDA_SOURCE)
+$(EMU_TESTS): dev/test/test_cuda.cu dev/test/check.h dev/cuda/memory.cuh dev/cuda_emu.h cpu_ops.o $(CUDA_SOURCE)
 	$(EMU_BUILD) $(EMU_FLOATX) $(if $(findstring asan,$@),$(EMU_ASAN)) -o $@ dev/test/test_cuda.cu -x none cpu_ops.o $(OMP) -lm
 
 emu_bitnet_f32 emu_bitnet_bf16: $(TESTS) dev/cuda_emu.h $(CUDA_SOURCE)
@@ -166,18 +166,31 @@ emu_train_f32: dev/cuda_emu.h $(CUDA_SOURCE)
 
 EMU_CUDA = $(addprefix emu_cuda_,$(KERNELS))
 
-$(EMU_CUDA): emu_cuda_%: dev/cuda/%.cu dev/cuda/versions.cuh dev/cuda_emu.h $(CUDA_SOURCE)
+$(EMU_CUDA): emu_cuda_%: dev/cuda/%.cu $(wildcard dev/cuda/*.cuh) dev/cuda_emu.h $(CUDA_SOURCE)
 	$(EMU_BUILD) -o $@ $< -lm
 
 # The whole table holds for fp32 activations; of the equalities of inference, which hold in any format, bf16 runs these.
 EMU_BF16_TABLE = packed_weights packed_codes packed_threads screen frozen
 
-testemu: $(EMU_TESTS) $(EMU_CUDA) emu_bitnet_f32 emu_bitnet_bf16 emu_train_f32 train_bitnet
-	for k in $(EMU_CUDA); do for order in 0 1; do EMU_ORDER=$$order ./$$k || exit 1; done; done
-	for t in $(EMU_TESTS); do for order in 0 1; do echo "$$t, order $$order"; EMU_ORDER=$$order ./$$t || exit 1; done; done
-	BITNET_BINARY=./emu_train_f32 ./emu_bitnet_f32
-	for t in $(EMU_BF16_TABLE); do ./emu_bitnet_bf16 $$t || exit 1; done
+# EMU_JOBS parts are built and run at a time, the long ones first; each part's output stays together.
+EMU_JOBS = 2
+EMU_PARTS = testemu_table_1 testemu_table_2 testemu_table_3 testemu_curve $(addprefix test,$(EMU_TESTS) $(EMU_CUDA)) testemu_table_bf16
+.PHONY: $(EMU_PARTS)
+
+testemu:
+	$(MAKE) -j$(EMU_JOBS) --output-sync=target $(EMU_PARTS)
+
+testemu_table_1 testemu_table_2 testemu_table_3: testemu_table_%: emu_bitnet_f32 emu_train_f32
+	BITNET_BINARY=./emu_train_f32 ./emu_bitnet_f32 $*/3
+
+testemu_curve: emu_train_f32 train_bitnet
 	dev/test/same_curve.sh ./train_bitnet ./emu_train_f32
+
+$(addprefix test,$(EMU_TESTS) $(EMU_CUDA)): test%: %
+	for order in 0 1; do echo "$*, order $$order"; EMU_ORDER=$$order ./$* || exit 1; done
+
+testemu_table_bf16: emu_bitnet_bf16
+	for t in $(EMU_BF16_TABLE); do ./emu_bitnet_bf16 $$t || exit 1; done
 
 # ---------------------------------------------------------------------------------------------------------
 # Other instruction sets: the kernels of each that this CPU can run, and aarch64 through qemu's user emulation.

@@ -3,7 +3,7 @@ attention.cuh: attention on the GPU: training forward and backward, and decoding
 
 What it is:  a chapter of train_bitnet.cu in a file of its own, included there at its place in the network. Tensor-core kernels
              for bf16 heads of 64 and 128, plain kernels for every other head size and for fp32, and the launchers that choose.
-What not:    the mathematics: train_bitnet.c derives it. Instructions and fragments: train_bitnet.cu, "Tensor core instructions".
+What not:    the mathematics: train_bitnet.c derives it. Instructions and fragments: products.cuh, "Tensor core instructions".
 Read before: train_bitnet.cu up to this place.
 Defines:     attention_forward, attention_backward, attention_cached of bitnet/ops.h.
 */
@@ -246,10 +246,32 @@ __device__ inline float dot_of(const T *slot) {
   return D;
 }
 
+// s (+=) a x', t (+=) b y': the warp's 16 x 32 values for rows row0 .. row0+15 of the tiles a and b and 32 rows of the tiles x and y.
+template <int HS>
+__device__ inline void two_products(float (&s)[4][4], float (&t)[4][4], const bf16 *a, const bf16 *b, const bf16 *x, const bf16 *y,
+                                    int row0) {
+  constexpr int S = HS + 8;
+#pragma unroll
+  for (int st = 0; st < HS / 16; st++) {
+    uint32_t fa[4], fb[4], fx[4], fy[4];
+    fragment_a(fa, a, S, row0, st * 16);
+    fragment_a(fb, b, S, row0, st * 16);
+#pragma unroll
+    for (int n = 0; n < 4; n += 2) {
+      fragment_b(fx, x, S, n * 8, st * 16);
+      fragment_b(fy, y, S, n * 8, st * 16);
+      mma_bf16(s[n], fa, fx);
+      mma_bf16(s[n + 1], fa, fx + 2);
+      mma_bf16(t[n], fb, fy);
+      mma_bf16(t[n + 1], fb, fy + 2);
+    }
+  }
+}
+
 template <int HS>
 __global__ void __launch_bounds__(ATT_THREADS)
 flash_backward_kv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const float *lse, const int *start, int T, int NH, int NKV) {
-  constexpr int S = HS + 8, STEPS = HS / 16;
+  constexpr int S = HS + 8;
   SHARED_DYNAMIC(bf16, shared);
   bf16 *ks = shared, *vs = ks + ATT_TILE * S, *qs = vs + ATT_TILE * S, *os = qs + ATT_HALF * S;   // os: do
   __shared__ float lse2[ATT_HALF], D[ATT_HALF];
@@ -279,21 +301,7 @@ flash_backward_kv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const fl
       cp_async_wait<0>();
       __syncthreads();
       float s[4][4] = {}, dp[4][4] = {};      // 16 keys x 32 queries: K Q' and V do'
-#pragma unroll
-      for (int st = 0; st < STEPS; st++) {
-        uint32_t ka[4], va[4], qb[4], ob[4];
-        fragment_a(ka, ks, S, warp * 16, st * 16);
-        fragment_a(va, vs, S, warp * 16, st * 16);
-#pragma unroll
-        for (int n = 0; n < 4; n += 2) {
-          fragment_b(qb, qs, S, n * 8, st * 16);
-          fragment_b(ob, os, S, n * 8, st * 16);
-          mma_bf16(s[n], ka, qb);
-          mma_bf16(s[n + 1], ka, qb + 2);
-          mma_bf16(dp[n], va, ob);
-          mma_bf16(dp[n + 1], va, ob + 2);
-        }
-      }
+      two_products<HS>(s, dp, ks, vs, qs, os, warp * 16);
 #pragma unroll
       for (int n = 0; n < 4; n++) {
 #pragma unroll
@@ -337,7 +345,7 @@ flash_backward_kv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const fl
 template <int HS>
 __global__ void __launch_bounds__(ATT_THREADS)
 flash_backward_q_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const float *lse, const int *start, int T, int NH, int NKV) {
-  constexpr int S = HS + 8, STEPS = HS / 16;
+  constexpr int S = HS + 8;
   SHARED_DYNAMIC(bf16, shared);
   bf16 *qs = shared, *os = qs + ATT_TILE * S, *ks = os + ATT_TILE * S, *vs = ks + ATT_HALF * S;
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t4 = lane % 4;
@@ -365,21 +373,7 @@ flash_backward_q_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const flo
     cp_async_wait<0>();
     __syncthreads();
     float s[4][4] = {}, dp[4][4] = {};   // 16 queries x 32 keys: Q K' and do V'
-#pragma unroll
-    for (int st = 0; st < STEPS; st++) {
-      uint32_t qa[4], oa[4], kb[4], vb[4];
-      fragment_a(qa, qs, S, warp * 16, st * 16);
-      fragment_a(oa, os, S, warp * 16, st * 16);
-#pragma unroll
-      for (int n = 0; n < 4; n += 2) {
-        fragment_b(kb, ks, S, n * 8, st * 16);
-        fragment_b(vb, vs, S, n * 8, st * 16);
-        mma_bf16(s[n], qa, kb);
-        mma_bf16(s[n + 1], qa, kb + 2);
-        mma_bf16(dp[n], oa, vb);
-        mma_bf16(dp[n + 1], oa, vb + 2);
-      }
-    }
+    two_products<HS>(s, dp, qs, os, ks, vs, warp * 16);
 #pragma unroll
     for (int n = 0; n < 4; n++) {
 #pragma unroll
@@ -743,10 +737,10 @@ size_t kv_cache_bytes(int capacity, int NKV, int HS, int) {
 
 void attention_cached(floatX *out, void *kcache, void *vcache, const floatX *qkv, const int *seq, const int *pos,
                       int R, int capacity, int NH, int NKV, int HS, int precision) {
-  bool wide = HS % 8 == 0;
+  int width = width_of((size_t)HS);
   floatX *keys = (floatX *)kcache, *values = (floatX *)vcache;
   (void)precision;
-  LAUNCH_WIDTH(wide, cache_store_kernel, (unsigned)R, row_threads(NKV * HS, wide), 0, keys, values, qkv, seq, pos, capacity, NH,
+  LAUNCH_WIDTH(width, cache_store_kernel, (unsigned)R, row_threads(NKV * HS, width), 0, keys, values, qkv, seq, pos, capacity, NH,
                NKV, HS);
   bf16 *o = (bf16 *)out;
   const bf16 *kc = (const bf16 *)kcache, *vc = (const bf16 *)vcache, *x = (const bf16 *)qkv;

@@ -18,7 +18,6 @@ Defines:     Batch, batch_alloc, batch_free; Arithmetic, arith_init, arith_probl
 #include "bitnet/utils.h"
 #include "tokenizer.h"
 #include <glob.h>
-#include <sys/mman.h>
 
 enum { IGNORE = -1 };   // in targets: this position has no target and adds nothing to the loss
 
@@ -282,19 +281,8 @@ UNUSED static void shard_write(const char *path, const int *ids, size_t n, int v
 // Maps a file and checks all of it: header, size, CRC, every id. Exit 2 if it cannot be read or was made for a larger
 // vocabulary or another end-of-text id, 3 if it is damaged or no shard.
 UNUSED static void shard_open_(Shard *s, const char *path, int vocab, int eot) {
-  struct stat st;
-  int fd = open(path, O_RDONLY);
-  if (fd < 0 || fstat(fd, &st) != 0) die(EXIT_USAGE, "cannot read shard %s: %s", path, strerror(errno));
-  if (!S_ISREG(st.st_mode)) die(EXIT_USAGE, "cannot read shard %s: it is not a file", path);
-  if (st.st_size < SHARD_HEADER)
-    die(EXIT_DAMAGED, "%s: expected a header of %d bytes, found a file of %lld; is it a token shard?", path, SHARD_HEADER,
-        (long long)st.st_size);
+  s->map = map_file(path, &s->map_bytes, SHARD_HEADER, "a token shard's header");
   s->path = xstrdup(path);
-  s->map_bytes = (size_t)st.st_size;
-  void *map = mmap(NULL, s->map_bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-  if (map == MAP_FAILED) die(EXIT_FAILED, "cannot map %s: %s", path, strerror(errno));
-  close(fd);   // the mapping stays
-  s->map = (const unsigned char *)map;
 
   uint32_t magic = shard_word_(s, 0), version = shard_word_(s, 1), count = shard_word_(s, 2);
   if (magic != SHARD_MAGIC16 && magic != SHARD_MAGIC32)

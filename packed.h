@@ -10,10 +10,10 @@ Read before: bitnet/ops.h, vectors.h, matmul.h.
 Defines:     packed_bytes, packed_set_row, packed_get_row, packed_i8, packed_scratch_bytes; gemm_few, gemm_few_scratch_bytes;
              Screen, screen_bytes, screen_at, screen_set_row, screen_argmax, screen_scratch_bytes.
 
-Decoding one token multiplies every weight once, so the machine waits for its memory: 2 bits a weight instead of 8 is four times the speed,
-provided that unpacking keeps up. Two tricks make it cheap. Codes are stored plus one, so that they are unsigned, as the byte
-dot product wants one of its operands; and the codes of a byte are masked but not shifted down: (v & 0x0C) is four times a code, and the sum
-over each position is divided by 1, 4, 16 or 64 at the end, exactly.
+Decoding one token multiplies every weight once, so the machine waits for its memory: 2 bits a weight instead of 8 is four times the
+speed, provided that unpacking keeps up. Two tricks make it cheap. Codes are stored plus one, so that they are unsigned, as the byte
+dot product wants one of its operands; and the codes of a byte are masked but not shifted down: (v & 0x0C) is four times a code, and
+the sum over each position is divided by 1, 4, 16 or 64 at the end, exactly.
 */
 #ifndef BITNET_PACKED_H
 #define BITNET_PACKED_H
@@ -139,7 +139,8 @@ static inline __attribute__((always_inline)) void unit_fields(ivec *v, const uin
   static const uint8_t table[64] __attribute__((aligned(64))) = {
 #define T_(i) (i) % 3 | (i) / 3 % 3 << 2 | (i) / 9 % 3 << 4
 #define T8_(i) T_(i), T_(i + 1), T_(i + 2), T_(i + 3), T_(i + 4), T_(i + 5), T_(i + 6), T_(i + 7)
-      T8_(0), T8_(8), T8_(16), T8_(24), T8_(0), T8_(8), T8_(16), T8_(24)};   // twice: the look-up takes six bits, the sixth is not ours
+      // twice: the look-up takes six bits, the sixth is not ours
+      T8_(0), T8_(8), T8_(16), T8_(24), T8_(0), T8_(8), T8_(16), T8_(24)};
 #undef T8_
 #undef T_
   const __m512i low3 = _mm512_set1_epi8(7), bit3 = _mm512_set1_epi8(8), codes = _mm512_load_si512(table);
@@ -423,7 +424,8 @@ Layout: panels of 16 rows. A panel begins with the 16 scales, the 16 errors (a b
 of vector u has in its low six bits the code + 32 of row i, k = 4 u + j; the codes of k = 12 + j lie in the high two bits of the three
 vectors, highest bits first.
 */
-enum { SCREEN_K = 16, SCREEN_BYTES = 192, SCREEN_K_MAX = 1 << 18, RESCORED = 256 };   // RESCORED: rows that are scored exactly at a time
+// RESCORED: rows that are scored exactly at a time
+enum { SCREEN_K = 16, SCREEN_BYTES = 192, SCREEN_K_MAX = 1 << 18, RESCORED = 256 };
 #define TINY_ 0x1p-126   // the bf16 instructions take smaller numbers for zeros
 
 typedef struct {
@@ -515,7 +517,8 @@ static void screen_digits(ScreenRow *d, const float *x, size_t K, size_t stride)
 
 // sums (=) [panels][2][16]: the raw sums with the high and the low digits of one or two panels, `apart` bytes from each other, from
 // the first unit on.
-UNUSED static void screen_panels_scalar(int32_t *sums, const ScreenRow *d, const uint8_t *panel, size_t apart, size_t units, int panels) {
+UNUSED static void screen_panels_scalar(int32_t *sums, const ScreenRow *d, const uint8_t *panel, size_t apart, size_t units,
+                                        int panels) {
   memset(sums, 0, (size_t)panels * 2 * I8_WIDTH * sizeof *sums);
   for (size_t at = 0; at < (size_t)panels * units * 64; at++) {
     size_t p = at / (units * 64), u = at / 64 % units, byte = at % 64;
@@ -529,8 +532,8 @@ UNUSED static void screen_panels_scalar(int32_t *sums, const ScreenRow *d, const
 }
 
 #ifdef IVEC
-static inline __attribute__((always_inline)) void screen_panels_fixed(int32_t *sums, const ScreenRow *d, const uint8_t *panel, size_t apart,
-                                                                      size_t units, const int panels) {
+static inline __attribute__((always_inline)) void screen_panels_fixed(int32_t *sums, const ScreenRow *d, const uint8_t *panel,
+                                                                      size_t apart, size_t units, const int panels) {
   const int8_t *x[2] = {d->high, d->low};
   for (size_t part = 0; part < 64 / IVEC; part++) {
     ivec low[2][2], top[2][2][3];   // panel, digit, vector
@@ -658,7 +661,8 @@ static void screen_argmax(int *best, const Product *g, const Screen *s, size_t V
           for (size_t p = pair; p < end && p <= pair + apart; p += apart) {
             float value[I8_WIDTH], *u = upper + (r * panels + p) * I8_WIDTH;
             size_t n0 = p * I8_WIDTH;
-            screen_bound(u, value, &d[r], panel, sums + (p - pair) / apart * 2 * I8_WIDTH, V - n0 < I8_WIDTH ? V - n0 : (size_t)I8_WIDTH);
+            screen_bound(u, value, &d[r], panel, sums + (p - pair) / apart * 2 * I8_WIDTH,
+                         V - n0 < I8_WIDTH ? V - n0 : (size_t)I8_WIDTH);
             panel += apart * screen_panel_bytes(K);
             highest[r * panels + p] = largest16(u);
             float top = largest16(value);

@@ -6,7 +6,8 @@ What it is:  the ternary quantiser of weights, the int8 quantiser of activations
              only ones in the project: the CPU ops, the CUDA kernels and the exporters all call them.
 What not:    no loops over models and no products; see train_bitnet.c (ops) and matmul.h (products).
 Read before: bitnet/utils.h. Formulas and their sources: README, "The recipe".
-Defines:     ternary_gamma, ternary_code, act_levels, act_inverse_scale, act_round, noise_at, noisy_code, lambda_mix, lambda_at, pack4, unpack4.
+Defines:     ternary_gamma, ternary_code, act_levels, act_inverse_scale, act_round, noise_at, noisy_code, lambda_mix, lambda_at, pack4,
+             unpack4.
 */
 #ifndef BITNET_QUANT_H
 #define BITNET_QUANT_H
@@ -78,8 +79,8 @@ QUANT_FN float lambda_mix(float v, float quantised, float lambda) {
 // ---------------------------------------------------------------------------------------------------------
 /*
 Gradients as int8, where dx_int8 is on. A row dy is divided by max|dy| / 127 and rounded at random: up with the probability of its
-fraction, floor(v + u) with u uniform in [0,1), so that the expected value of a code is v itself. Rounding to the nearest would push the
-many small gradients of a row to 0 in every step alike.
+fraction, floor(v + u) with u uniform in [0,1), so that the expected value of a code is v itself. Rounding to the nearest would push
+the many small gradients of a row to 0 in every step alike.
 */
 // A uniform number in [0,1) for place `index` of a stream: a bijection of 32 bits that mixes well (the finaliser of MurmurHash3).
 QUANT_FN float noise_at(uint32_t key, uint32_t index) {

@@ -8,6 +8,7 @@ Read before: dev/test/check.h.
 
     ./test_bitnet            all tests; exit code 0 if all pass
     ./test_bitnet gemm       only the tests with "gemm" in their name
+    ./test_bitnet 1/3        every third test, from the first on
     ./test_bitnet --list     names and what they are about
 */
 #define TESTING
@@ -70,6 +71,7 @@ int main(int argc, char **argv) {
   wait_briefly(argv);
 #endif
   dev_init(0);
+  before_test = end_test_;
   printf("%s\n", dev_name());
   if (filter && strcmp(filter, "--list") == 0) {
     for (size_t i = 0; i < ARRAY_LEN(tests); i++) printf("%-28s %s\n", tests[i].name, tests[i].about);

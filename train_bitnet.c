@@ -348,7 +348,7 @@ void embedding_forward(floatX *out, const int *tokens, const float *wte, int R, 
 /*
 out[r] = wte[tokens[r]], so a row of the table collects the gradients of all places where its token occurred:
     dwte[v] += sum over r with tokens[r] = v of dout[r]
-Two rows of the batch may hold the same token, so threads share the columns out, not the rows: each adds its columns for all r in order.
+Two rows of the batch may hold the same token, so threads share the columns out, not the rows: each adds its own for all r in order.
 */
 void embedding_backward(float *dwte, const floatX *dout, const int *tokens, int R, int V, int C) {
   (void)V;
@@ -650,7 +650,8 @@ void bitlinear_forward(floatX *out, const QAct *x, const BitWeight *w, const flo
   if (w->packed) {
     if (!has_codes(x)) die(EXIT_FAILED, "bug: packed weights multiply int8 activations only");
     void *scratch = scratch_floats(packed_scratch_bytes((size_t)R, K) / sizeof(float));
-    packed_i8(out, NULL, (const int8_t *)x->data, x->s, (const uint8_t *)w->data, w->gamma, w->bias, residual, (size_t)R, N, K, scratch);
+    packed_i8(out, NULL, (const int8_t *)x->data, x->s, (const uint8_t *)w->data, w->gamma, w->bias, residual, (size_t)R, N, K,
+              scratch);
     return;
   }
   if (w->lambda == 1.0f && has_codes(x)) {
@@ -684,8 +685,8 @@ so dx = dx_eff and dw = dw_eff, at every lambda:
     dx[r,k] = sum_n dy[r,n] w_eff[n,k]          dw[n,k] += sum_r dy[r,n] x_eff[r,k]          dbias[n] += sum_r dy[r,n]
 
 At lambda = 1 w_eff = gamma[n] t[n,k] and x_eff = s[r] q[r,k]. The scale belongs to the index that is summed over, so it is
-multiplied into dy while dy is packed; the other operand stays a matrix of small integers, exact in any format. With dx_int8 the rows of
-dy gamma are rounded to int8, at random and without bias, and dx becomes an integer product like the forward one.
+multiplied into dy while dy is packed; the other operand stays a matrix of small integers, exact in any format. With dx_int8 the rows
+of dy gamma are rounded to int8, at random and without bias, and dx becomes an integer product like the forward one.
 */
 void bitlinear_backward(floatX *dx, float *dw, float *dbias, const floatX *dout, const QAct *x, const BitWeight *w, int R) {
   size_t N = (size_t)w->N, K = (size_t)w->K;
@@ -751,8 +752,8 @@ lies with one column for each query,
 
     S' [keys, queries] = K Q'            P' = exp(S' - ...)            out' [HS, queries] += V' P'
 
-so that all that softmax does to a query runs down a column, and a vector holds many queries. Keys are counted from the first token of the
-query's document, in training and against a cache alike, and both go through attend_columns: the bits of a query depend on its
+so that all that softmax does to a query runs down a column, and a vector holds many queries. Keys are counted from the first token of
+the query's document, in training and against a cache alike, and both go through attend_columns: the bits of a query depend on its
 own document up to itself, not on what is computed beside it.
 */
 enum {
@@ -820,7 +821,8 @@ static float dot_product(const float *RESTRICT a, const float *RESTRICT b, int n
 }
 
 /*
-Queries meet n keys of a block: p [n][QUERIES] holds the products k_j.q_i and becomes exp(k_j.q_i / sqrt(HS) - top_i), 0 where j >= seen[i].
+Queries meet n keys of a block: p [n][QUERIES] holds the products k_j.q_i and becomes exp(k_j.q_i / sqrt(HS) - top_i), or 0 from
+seen[i] on.
 
 Softmax needs the largest score to stay in range, which is only known at the end, so the sums so far carry the largest score seen so
 far (top) and are scaled down whenever a block raises it ("online softmax"). sum [QUERIES] and o [HS][QUERIES] are such sums. A query
@@ -859,8 +861,8 @@ static void softmax_columns(float *RESTRICT p, float *RESTRICT top, float *RESTR
 }
 
 /*
-m <= QUERIES queries of one head: rows of out (=), `out_stride` apart, and log_sum (=) [m], the log of each softmax's denominator. q: rows
-`stride` apart; query i sees the first seen[i] keys, at least one; keys, values: packed blocks, the values transposed.
+m <= QUERIES queries of one head: rows of out (=), `out_stride` apart, and log_sum (=) [m], the log of each softmax's denominator. q:
+rows `stride` apart; query i sees the first seen[i] keys, at least one; keys, values: packed blocks, the values transposed.
 */
 static void attend_columns(const HeadForm *f, float *out, size_t out_stride, float *log_sum, const float *q, size_t stride,
                            const int *seen, size_t m, const char *keys, const char *values) {
@@ -911,7 +913,8 @@ size_t attention_scratch_bytes(int T, int HS) {
   return (size_t)thread_count() * attention_room((size_t)T, (size_t)HS);
 }
 
-void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *start, int B, int T, int NH, int NKV, int HS, int precision) {
+void attention_forward(floatX *out, float *lse, const floatX *qkv, const int *start, int B, int T, int NH, int NKV, int HS,
+                       int precision) {
   HeadForm f = head_form(HS, precision);
   size_t QKV = (size_t)(NH + 2 * NKV) * HS, width = (size_t)NH * HS, room = attention_room((size_t)T, (size_t)HS);
   char *scratch = (char *)scratch_floats(attention_scratch_bytes(T, HS) / sizeof(float));
@@ -969,9 +972,10 @@ typedef struct {
   float *dk, *dv;                                // [positions + KEY_ROOM][columns] (+=)
 } DocumentRoom;
 
-// m queries of one head, the first of which stands at position t0 of its document, against all keys that they see. dq (=), q, dout, out, lse: rows
-// the given strides apart.
-static void attend_columns_backward(const HeadForm *f, float *dq, const DocumentRoom *d, const float *dout, const float *out, size_t width,
+// m queries of one head, the first of which stands at position t0 of its document, against all keys that they see. dq (=), q, dout,
+// out, lse: rows the given strides apart.
+static void attend_columns_backward(const HeadForm *f, float *dq, const DocumentRoom *d, const float *dout, const float *out,
+                                    size_t width,
                                     const float *q, size_t stride, const float *lse, size_t lse_stride, size_t t0, size_t m) {
   typedef char Right[QUERIES * HEAD_MAX * sizeof(float)];
   Right q_deep ALIGNED, do_deep ALIGNED, q_wide ALIGNED, do_wide ALIGNED;   // Q' and dO' [HS,m], Q and dO [m,HS], as right operands
@@ -1067,8 +1071,8 @@ size_t kv_cache_bytes(int capacity, int NKV, int HS, int precision) {
 }
 
 /*
-Rows of one sequence at neighbouring positions are a run; the query heads that share a key/value head go through its blocks together, a few
-rows at a time. All rows are stored first, so the rows of a prompt can come in one call.
+Rows of one sequence at neighbouring positions are a run; the query heads that share a key/value head go through its blocks together, a
+few rows at a time. All rows are stored first, so the rows of a prompt can come in one call.
 */
 void attention_cached(floatX *out, void *kcache, void *vcache, const floatX *qkv, const int *seq, const int *pos,
                       int R, int capacity, int NH, int NKV, int HS, int precision) {
@@ -1109,7 +1113,8 @@ void attention_cached(floatX *out, void *kcache, void *vcache, const floatX *qkv
             memcpy(q + (size_t)e * HS, qkv + (size_t)r * QKV + (size_t)h * HS, (size_t)HS * sizeof(float));
             seen[e] = pos[r] + 1;
           }
-          attend_columns(&f, rows_out, (size_t)HS, log_sum, q, (size_t)HS, seen, (size_t)m, (char *)kcache + base, (char *)vcache + base);
+          attend_columns(&f, rows_out, (size_t)HS, log_sum, q, (size_t)HS, seen, (size_t)m, (char *)kcache + base,
+                         (char *)vcache + base);
           for (int e = 0; e < m; e++) {
             int r = first[run] + (e0 + e) / group, h = kvh * group + (e0 + e) % group;
             memcpy(out + ((size_t)r * NH + h) * HS, rows_out + (size_t)e * HS, (size_t)HS * sizeof(float));
@@ -1232,7 +1237,7 @@ void linear_backward(floatX *dx, float *dw, const floatX *dout, const floatX *x,
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// The same table in a model that only runs: embedding, classifier, and the largest logit without the others (packed.h explains the screen).
+// The same table in a model that only runs: embedding, classifier, and the largest logit without the others (the screen of packed.h).
 
 size_t head_table_bytes(int V, int C, int half) {
   return (size_t)V * C * (half ? sizeof(uint16_t) : sizeof(float));

@@ -312,18 +312,9 @@ UNUSED static void gguf_check_names_(Gguf *g) {
 // Maps a file and checks all of its header; blocks are looked at when they are read. Exit 2 if the file cannot be read, 3 if it is
 // damaged.
 UNUSED static void gguf_open(Gguf *g, const char *path) {
-  struct stat st;
   memset(g, 0, sizeof *g);
-  int fd = open(path, O_RDONLY);
-  if (fd < 0 || fstat(fd, &st) != 0) die(EXIT_USAGE, "cannot read %s: %s", path, strerror(errno));
-  if (!S_ISREG(st.st_mode)) die(EXIT_USAGE, "cannot read %s: it is not a file", path);
+  g->map = map_file(path, &g->map_bytes, 24, "a GGUF header");
   g->path = xstrdup(path);
-  g->map_bytes = (size_t)st.st_size;
-  if (g->map_bytes < 24) gguf_bad_(g, 0, "expected a header of 24 bytes, found a file of %zu", g->map_bytes);
-  void *map = mmap(NULL, g->map_bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-  if (map == MAP_FAILED) die(EXIT_FAILED, "cannot map %s: %s", path, strerror(errno));
-  close(fd);
-  g->map = (const unsigned char *)map;
   st_not_impostor_(path, (const char *)g->map, g->map_bytes);
   if (memcmp(g->map, "GGUF", 4) != 0) gguf_bad_(g, 0, "expected the letters GGUF, found other bytes; is it a GGUF file?");
 

@@ -1,8 +1,8 @@
 /*
 guide.h: the second layer of reinforcement learning: a model corrects its own answers.
 
-What it is:  the guiding prompts ("check that again") and which of them a correction gets, what counts as an improvement, and the ring of
-             successful corrections that are trained again.
+What it is:  the guiding prompts ("check that again") and which of them a correction gets, what counts as an improvement, and the ring
+             of successful corrections that are trained again.
 What not:    no model (modes/grpo.h asks, samples and trains).
 Read before: bitnet/rollout.h, bitnet/rewards.h.
 Defines:     Guides, guides_open, guides_choose, guides_free; VERIFIER_*, correction_improved; SuccessRing, ring_open, ring_put,
@@ -144,7 +144,8 @@ Whether a correction with reward `second` improves on a first answer with reward
     none     the reward rises (and corrections that do not improve are trained as well)
     strict   the reward rises
 */
-UNUSED static int correction_improved(int verifier, double threshold, double first, double second, const char *text, const char *gold) {
+UNUSED static int correction_improved(int verifier, double threshold, double first, double second, const char *text,
+                                      const char *gold) {
   double rise = second - first;
   if (verifier == VERIFIER_SIMPLE) return reward_accuracy(text, gold) > 0.5 || rise > threshold;
   if (verifier == VERIFIER_DYNAMIC) return text[0] && gold[0] ? reward_exact(text, gold) > 0.5 : rise > threshold;
@@ -210,8 +211,8 @@ UNUSED static void ring_write(const SuccessRing *r, StrBuf *b) {
   strbuf_printf(b, "{\"next\": %d, \"entries\": [", r->next);
   for (int i = 0; i < r->set.n; i++) {
     const Sample *x = &r->set.items[i];
-    strbuf_printf(b, "%s\n{\"step\": %lld, \"prompt\": %d, \"ended\": %d, \"rise\": %.17g, \"ids\": [", i ? "," : "", (long long)r->step[i],
-                  x->n_prompt, x->ended, x->advantage);
+    strbuf_printf(b, "%s\n{\"step\": %lld, \"prompt\": %d, \"ended\": %d, \"rise\": %.17g, \"ids\": [", i ? "," : "",
+                  (long long)r->step[i], x->n_prompt, x->ended, x->advantage);
     for (int t = 0; t < x->n_prompt + x->n_answer; t++) strbuf_printf(b, "%s%d", t ? ", " : "", x->ids[t]);
     strbuf_printf(b, "], \"logp\": [");
     for (int t = 0; t < x->n_answer; t++) strbuf_printf(b, "%s%.9g", t ? ", " : "", (double)x->logp[t]);

@@ -85,7 +85,8 @@ static size_t session_scratch_bytes_(const Session *s) {
 
 // Room for `sequences` caches of `capacity` positions and max_rows rows a call. codes_only: the model stays at lambda = 1.
 UNUSED static void session_open(Session *s, Model *m, int sequences, int capacity, int max_rows, int codes_only) {
-  if (capacity > m->c.max_seq) die(EXIT_USAGE, "a context of %d positions is longer than the model's max_seq=%d", capacity, m->c.max_seq);
+  if (capacity > m->c.max_seq)
+    die(EXIT_USAGE, "a context of %d positions is longer than the model's max_seq=%d", capacity, m->c.max_seq);
   session_shape_(s, m, sequences, capacity, max_rows);
   s->host_logits = (float *)xmalloc(size_mul(size_mul((size_t)s->logit_rows, (size_t)m->c.vocab), sizeof(float)));
   Arena count = {NULL, 0}, arena = {NULL, 0};
@@ -313,7 +314,8 @@ UNUSED static void generate(Session *s, const Sampler *sampler, Prompt *prompts,
   int greedy = s->m->frozen && sampler->temperature <= 0;
   for (int i = 0; i < n; i++) {
     if (prompts[i].n_ids < 1) die(EXIT_USAGE, "an empty prompt: there is no token to continue from");
-    if (prompts[i].n_ids > s->capacity) die(EXIT_USAGE, "the prompt has %d tokens, the context only %d", prompts[i].n_ids, s->capacity);
+    if (prompts[i].n_ids > s->capacity)
+      die(EXIT_USAGE, "the prompt has %d tokens, the context only %d", prompts[i].n_ids, s->capacity);
     prompts[i].n_out = prompts[i].ended = 0;
     at[i] = prompts[i].cached;
   }

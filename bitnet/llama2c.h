@@ -90,19 +90,10 @@ UNUSED static void llama2c_check_(Llama2c *f) {
 
 // Maps a file and finds out its form. Exit 2 if it cannot be read, 3 if it is none of the three.
 UNUSED static void llama2c_open(Llama2c *f, const char *path) {
-  struct stat st;
   int32_t head[10] = {0};
   memset(f, 0, sizeof *f);
-  int fd = open(path, O_RDONLY);
-  if (fd < 0 || fstat(fd, &st) != 0) die(EXIT_USAGE, "cannot read %s: %s", path, strerror(errno));
-  if (!S_ISREG(st.st_mode)) die(EXIT_USAGE, "cannot read %s: it is not a file", path);
+  f->map = map_file(path, &f->map_bytes, 256, "a llama2.c model");
   f->path = xstrdup(path);
-  f->map_bytes = (size_t)st.st_size;
-  if (f->map_bytes < 256) die(EXIT_DAMAGED, "%s: expected a llama2.c model, found a file of only %zu bytes", path, f->map_bytes);
-  void *map = mmap(NULL, f->map_bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-  if (map == MAP_FAILED) die(EXIT_FAILED, "cannot map %s: %s", path, strerror(errno));
-  close(fd);
-  f->map = (const unsigned char *)map;
   st_not_impostor_(path, (const char *)f->map, f->map_bytes);
   memcpy(head, f->map, sizeof head);
 

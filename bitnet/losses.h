@@ -34,8 +34,8 @@ UNUSED static void batch_to_device(Model *m, const Batch *b, float coef, float *
 Next-token cross-entropy over m->final and m->targets. Returns the sum of the losses of all valid targets, folded in order; m->losses
 holds them one by one. With backward, m->dfinal (=) and the classifier's gradient (+=) are written, weighted by m->coef.
 
-The logits of head_rows rows exist at a time: they are computed, turned into losses, turned in place into their own gradient, multiplied
-back into dfinal and the classifier, and overwritten by the next chunk. B x T x V never exists.
+The logits of head_rows rows exist at a time: they are computed, turned into losses, turned in place into their own gradient,
+multiplied back into dfinal and the classifier, and overwritten by the next chunk. B x T x V never exists.
 */
 UNUSED static double head_cross_entropy(Model *m, int backward) {
   int C = m->c.dim, V = m->c.vocab;

@@ -516,7 +516,8 @@ tables are kept in bf16, for models whose values are bf16 numbers; a tied table 
 model_forward, but it has no gradients.
 */
 UNUSED static void model_open_frozen(Model *m, const Config *c, int precision, int half_embed, int half_head) {
-  if (c->act_bits == 0) die(EXIT_USAGE, "a model with act_bits=0 has float activations; only int8 and int4 ones run on packed weights");
+  if (c->act_bits == 0)
+    die(EXIT_USAGE, "a model with act_bits=0 has float activations; only int8 and int4 ones run on packed weights");
   open_model_parts_(m, c, precision, 1);
   Arena count = {NULL, 0}, arena = {NULL, 0};
   heads_layout_(&count, m, half_embed, half_head);
@@ -620,7 +621,7 @@ UNUSED static void model_init_random(Model *m, uint64_t seed) {
   }
 }
 
-// Quantises all weights at this lambda: once per optimizer step, and before evaluation at lambda = 1. A frozen model is quantised already.
+// Quantises all weights at this lambda: once per optimizer step, and before evaluation at lambda = 1. A frozen model is so already.
 UNUSED static void model_quantize(Model *m, float lambda) {
   if (m->frozen && lambda != 1.0f) die(EXIT_FAILED, "bug: a frozen model at lambda %g", (double)lambda);
   if (m->frozen) return;
@@ -691,7 +692,8 @@ UNUSED static void layer_forward(const Model *m, int l, LayerActs *a, floatX *ou
   bitlinear_forward(c->qk_norm ? a->qkv_raw : a->qkv, &a->h1, &w->qkv, NULL, R);
   if (c->qk_norm) headnorm_forward(a->qkv, a->rstd_qk, a->qkv_raw, p + s->q_norm, p + s->k_norm, R, NH, NKV, HS, c->norm_eps);
   rope_apply(a->qkv, ctx->pos, m->cossin, R, NH, NKV, HS, 1);
-  if (ctx->kcache) attention_cached(a->att, ctx->kcache, ctx->vcache, a->qkv, ctx->seq, ctx->pos, R, ctx->capacity, NH, NKV, HS, m->precision);
+  if (ctx->kcache)
+    attention_cached(a->att, ctx->kcache, ctx->vcache, a->qkv, ctx->seq, ctx->pos, R, ctx->capacity, NH, NKV, HS, m->precision);
   else attention_forward(a->att, a->lse, a->qkv, ctx->start, ctx->B, ctx->T, NH, NKV, HS, m->precision);
   maybe_norm_quant_(&a->h2, a->rstd2, a->att, slot_(p, s->sub1), R, NH * HS, c->norm_eps);
   bitlinear_forward(a->mid, &a->h2, &w->o, x, R);
@@ -787,8 +789,8 @@ UNUSED static void model_forward(Model *m) {
 }
 
 /*
-From m->dfinal, which a loss has written, to the gradients of all parameters (added to m->grads). With recompute the blocks share one set
-of buffers: each block's forward pass is run again from its stored input just before its backward pass, which trades a
+From m->dfinal, which a loss has written, to the gradients of all parameters (added to m->grads). With recompute the blocks share one
+set of buffers: each block's forward pass is run again from its stored input just before its backward pass, which trades a
 third more work for L times less memory. The output goes to dfinal, which is no longer needed then.
 */
 UNUSED static void model_backward(Model *m) {

@@ -144,7 +144,8 @@ void embedding_backward(float *dwte, const floatX *dout, const int *tokens, int 
 // out (=) [R,C] = gain * x * rstd,  rstd (=) [R] = 1 / sqrt(mean x^2 + eps)
 void rmsnorm_forward(floatX *out, float *rstd, const floatX *x, const float *gain, int R, int C, float eps);
 // dx (+=) [R,C], dgain (+=) [C]
-void rmsnorm_backward(floatX *dx, float *dgain, const floatX *dout, const floatX *x, const float *gain, const float *rstd, int R, int C);
+void rmsnorm_backward(floatX *dx, float *dgain, const floatX *dout, const floatX *x, const float *gain, const float *rstd, int R,
+                      int C);
 // out (=) = Q(x) in the form that out->lambda and out->bits ask for
 void act_quant_forward(QAct *out, const floatX *x, int R, int K);
 // The two above in one pass over the row: out (=) = Q(rmsnorm(x)), rstd (=)
@@ -162,7 +163,7 @@ void headnorm_backward(floatX *dqkv, float *dqgain, float *dkgain, const floatX 
 size_t bitweight_bytes(int N, int K);
 // w.data, w.gamma, w.lambda (=) from the master weights [N,K]
 void weight_quantize(BitWeight *w, const float *master, float lambda);
-// The form for inference: about 2 bits a weight, lambda = 1 for good. Products give the same bits as after weight_quantize at lambda = 1.
+// The form for inference: about 2 bits a weight, lambda = 1 for good. Products give the bits of weight_quantize at lambda = 1.
 size_t bitweight_packed_bytes(int N, int K);
 // Logical matrix `part` of w (zeroed memory) from its master weights [parts[part],K], or from codes and a scale. Any order, each once.
 void weight_pack(BitWeight *w, int part, const float *master);
@@ -230,8 +231,8 @@ void glu_backward(floatX *dgate_up, float *dgain, floatX *dout, const floatX *ga
 void cross_entropy_forward(float *losses, float *lse, const floatX *logits, const int *targets, int R, int V);
 // logits in place -> dlogits (=) [R,V] = coef[r] * (softmax(logits[r]) - onehot(target)), 0 where target < 0
 void cross_entropy_backward(floatX *logits, const float *lse, const int *targets, const float *coef, int R, int V);
-// The same for a policy p = softmax(logits) that is also held near a reference q = softmax(ref): kl (=) [R] = KL(p || q) of each row, and
-// logits in place -> dlogits (=) coef[r] (p - onehot(target)) + kl_coef[r] dKL/dlogits; all 0 where target < 0. lse, ref_lse as above
+// The same for a policy p = softmax(logits) that is also held near a reference q = softmax(ref): kl (=) [R] = KL(p || q) of each row,
+// and logits in place -> dlogits (=) coef[r] (p - onehot(target)) + kl_coef[r] dKL/dlogits; all 0 where target < 0. lse as above
 void policy_backward(float *kl, floatX *logits, const float *lse, const floatX *ref, const float *ref_lse, const int *targets,
                      const float *coef, const float *kl_coef, int R, int V);
 

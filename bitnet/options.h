@@ -89,7 +89,7 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(TRAINING, lambda_warmup_steps, -1, -1, INT_MAX, "the same in steps; -1 = by fraction")                                        \
   REAL(TRAINING, lambda_k, -1, -1, 1e6, "steepness of exponential (default 8) and sigmoid (default 100)")                           \
   INT(TRAINING, recompute, 0, 0, 1, "recompute activations in the backward pass: less memory, a third more work")                   \
-  INT(TRAINING, dx_int8, 1, 0, 1, "CPU, bf16, lambda = 1: gradients of inputs as int8 products, rounded at random; 0 = exact") \
+  INT(TRAINING, dx_int8, 1, 0, 1, "bf16, lambda = 1: gradients of inputs as int8 products, rounded at random; 0 = exact") \
   INT(TRAINING, max_skips, 3, 1, INT_MAX, "stop after so many updates in a row that were skipped as not finite")                    \
   TEXT(TRAINING, init, "", "start from this model, a directory or file, instead of random weights")                                 \
                                                                                                                                     \
@@ -113,14 +113,17 @@ default, names separated by |, help; its value is the index of the name. A switc
   CHOICE(GRPO, kl, 0, "full|k3|k2|k1|seed|forward", "how that distance is computed: exactly (full, forward), or one of the estimates")\
   TEXT(GRPO, reward, "", "exact, f1, numeric, accuracy, arithmetic, or a weighted sum: f1:0.7,exact:0.3; empty: arithmetic or f1")  \
   INT(GRPO, two_layer, 0, 0, 1, "the model also corrects its answers and learns from the rise of the reward")                       \
-  TEXT(GRPO, guiding_prompt, "Review and correct the answer:", "two_layer: what asks for the correction: a text, or a file of texts (.json or lines)")\
+  TEXT(GRPO, guiding_prompt, "Review and correct the answer:",                                                                       \
+    "two_layer: what asks for the correction: a text, or a file of texts (.json or lines)")                                          \
   TEXT(GRPO, guiding_probabilities, "", "two_layer: how likely each of these texts is, a list or a file; empty: all alike")         \
   TEXT(GRPO, guiding_schedule, "", "two_layer: indices of the texts that are used in turn, a list or a file; empty: at random")     \
   CHOICE(GRPO, guiding_schedule_unit, 0, "correction|batch", "two_layer: the schedule goes on with each correction or each step")   \
   INT(GRPO, augmentation_size, 1, 1, 4096, "two_layer: corrections of each answer")                                                 \
   INT(GRPO, second_max_length, 20, 1, 1 << 20, "two_layer: most tokens of a correction")                                            \
-  CHOICE(GRPO, second_advantage, 0, "delta|group", "two_layer: the rise of the reward, or as the first layer among the corrections of an answer")\
-  CHOICE(GRPO, verifier_mode, 0, "simple|dynamic|none|strict", "two_layer: which corrections count as improved; none: all are trained")\
+  CHOICE(GRPO, second_advantage, 0, "delta|group",                                                                                   \
+    "two_layer: the rise of the reward, or as the first layer among the corrections of an answer")                                   \
+  CHOICE(GRPO, verifier_mode, 0, "simple|dynamic|none|strict",                                                                       \
+    "two_layer: which corrections count as improved; none: all are trained")                                                         \
   REAL(GRPO, improvement_threshold, 0.05, -1e9, 1e9, "two_layer: simple, dynamic: the reward must rise by more than this")          \
   INT(GRPO, buffer_size, 256, 0, 65536, "two_layer: improved corrections that are kept and trained again")                          \
   INT(GRPO, buffer_age, 50, 0, INT_MAX, "two_layer: for so many steps; 0 = as long as there is room")                               \
@@ -151,10 +154,11 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(INFERENCE, top_k, 0, 0, 1 << 24, "sample from the k most likely tokens; 0 = all")                                             \
   REAL(INFERENCE, top_p, 1, 0, 1, "sample from the most likely tokens that together have this probability")                         \
   INT(INFERENCE, count, 1, 1, 4096, "texts to generate at once")                                                                    \
-  CHOICE(INFERENCE, chat_template, 0, "auto|none|chatml|llama3|alpaca", "chat: how turns are marked; auto: what the tokenizer has marks for") \
+  CHOICE(INFERENCE, chat_template, 0, "auto|none|chatml|llama3|alpaca",                                                              \
+    "chat: how turns are marked; auto: what the tokenizer has marks for")                                                            \
   TEXT(INFERENCE, system, "", "chat: what the model is told before the first turn")                                                 \
   INT(INFERENCE, decode, 0, 0, 1, "tokenize: ids to text instead of text to ids")                                                   \
-  TEXT(INFERENCE, file, "", "perplexity, convert: a text file; eval: the records of a task")                                                 \
+  TEXT(INFERENCE, file, "", "perplexity, convert: a text file; eval: the records of a task")                                          \
   CHOICE(INFERENCE, task, 0, "none|hellaswag|arc|mmlu|winogrande|truthfulqa|lambada|wikitext|qa",  \
          "eval: a benchmark, with file=")  \
   INT(INFERENCE, shots, -1, -1, 1000, "eval: examples before a question; -1 = the usual number, 0 without shots_file")              \
@@ -219,7 +223,8 @@ typedef struct {
 #undef TEXT_
 #undef CHOICE_
 
-#define INT_(group, name, def, lo, hi, help) {#name, NULL, help, OPTION_INT, GROUP_##group, offsetof(Options, name), (double)(lo), (double)(hi)},
+#define INT_(group, name, def, lo, hi, help) \
+  {#name, NULL, help, OPTION_INT, GROUP_##group, offsetof(Options, name), (double)(lo), (double)(hi)},
 #define REAL_(group, name, def, lo, hi, help) {#name, NULL, help, OPTION_REAL, GROUP_##group, offsetof(Options, name), lo, hi},
 #define TEXT_(group, name, def, help) {#name, NULL, help, OPTION_TEXT, GROUP_##group, offsetof(Options, name), 0, 0},
 #define CHOICE_(group, name, def, names, help) {#name, names, help, OPTION_CHOICE, GROUP_##group, offsetof(Options, name), 0, 0},
@@ -239,9 +244,10 @@ typedef struct {
 
 // Names that users of earlier implementations know.
 static const char *const option_aliases[][2] = {
-    {"num_steps", "steps"}, {"iters", "steps"}, {"max_steps", "steps"}, {"bsz", "batch_size"}, {"max_length", "seq_len"}, {"max_len", "seq_len"},
-    {"learning_rate", "lr"}, {"grad_accum_steps", "grad_accum"}, {"grad_checkpoint", "recompute"}, {"rmsnorm_post_attn", "attn_sub_norm"},
-    {"base_model", "init"}, {"model_path", "init"}, {"dataset", "data"}, {"output_dir", "run_dir"}, {"out_dir", "run_dir"}, {"run_id", "name"},
+    {"num_steps", "steps"}, {"iters", "steps"}, {"max_steps", "steps"}, {"bsz", "batch_size"}, {"max_length", "seq_len"},
+    {"max_len", "seq_len"}, {"learning_rate", "lr"}, {"grad_accum_steps", "grad_accum"}, {"grad_checkpoint", "recompute"},
+    {"rmsnorm_post_attn", "attn_sub_norm"}, {"base_model", "init"}, {"model_path", "init"}, {"dataset", "data"},
+    {"output_dir", "run_dir"}, {"out_dir", "run_dir"}, {"run_id", "name"},
     {"save_interval", "save_every"}, {"steps_per_eval", "eval_every"}, {"steps_per_report", "log_every"}, {"max_new_tokens", "n"},
     {"log_interval", "log_every"}, {"template", "qa_template"}, {"loss_reduction", "loss_type"}, {"num_layers", "layers"}, {"hidden_size", "dim"}, {"intermediate_size", "ffn_dim"}, {"vocab_size", "vocab"}};
 
@@ -258,27 +264,35 @@ typedef struct {
 
 static const Preset presets[] = {
     {"arithmetic", "two-digit sums and differences; learns to calculate in a minute or two",
-     "dim=128 layers=3 heads=4 ffn_dim=384 steps=1200 batch_size=256 lr=4e-3 warmup_steps=60 lambda_warmup_frac=0.2 min_lr=0 init_std=0.1 save_every=400"},
+     "dim=128 layers=3 heads=4 ffn_dim=384 steps=1200 batch_size=256 lr=4e-3 warmup_steps=60 lambda_warmup_frac=0.2 min_lr=0 "
+     "init_std=0.1 save_every=400"},
     {"simple", "100 steps of arithmetic with a small batch: does everything work here?",
      "dim=128 layers=3 heads=4 ffn_dim=384 steps=100 batch_size=64 lr=4e-3 warmup_steps=10 lambda_warmup_frac=0.2 min_lr=0 init_std=0.1"},
     {"tinystories", "12M parameters for TinyStories or a text of your own; give data=",
-     "dim=384 layers=6 heads=8 kv_heads=4 ffn_dim=1152 seq_len=256 steps=5000 batch_size=16 grad_accum=2 lr=1.5e-3 lr_schedule=two_stage warmup_steps=250 "
+     "dim=384 layers=6 heads=8 kv_heads=4 ffn_dim=1152 seq_len=256 steps=5000 batch_size=16 grad_accum=2 lr=1.5e-3 "
+     "lr_schedule=two_stage warmup_steps=250 "
      "lambda_schedule=none save_every=1000 eval_every=250 sample_every=500 data="},
     {"baseline", "95M parameters for web text (FineWeb-Edu form); give data=",
-     "dim=768 layers=8 heads=12 kv_heads=6 ffn_dim=3072 seq_len=256 steps=400000 batch_size=16 grad_accum=2 lr=1.5e-3 lr_schedule=two_stage warmup_steps=1000 "
+     "dim=768 layers=8 heads=12 kv_heads=6 ffn_dim=3072 seq_len=256 steps=400000 batch_size=16 grad_accum=2 lr=1.5e-3 "
+     "lr_schedule=two_stage warmup_steps=1000 "
      "lambda_schedule=none save_every=10000 eval_every=1000 sample_every=5000 data="},
     {"125m", "GPT-2 small size",
-     "dim=768 layers=12 heads=12 ffn_dim=2048 seq_len=1024 steps=20000 batch_size=8 grad_accum=64 lr=3e-4 warmup_steps=1000 rope_theta=500000 data="},
+     "dim=768 layers=12 heads=12 ffn_dim=2048 seq_len=1024 steps=20000 batch_size=8 grad_accum=64 lr=3e-4 warmup_steps=1000 "
+     "rope_theta=500000 data="},
     {"350m", "GPT-2 medium size",
-     "dim=1024 layers=24 heads=16 ffn_dim=2816 seq_len=1024 steps=20000 batch_size=8 grad_accum=128 lr=2e-4 warmup_steps=1500 rope_theta=500000 data="},
+     "dim=1024 layers=24 heads=16 ffn_dim=2816 seq_len=1024 steps=20000 batch_size=8 grad_accum=128 lr=2e-4 warmup_steps=1500 "
+     "rope_theta=500000 data="},
     {"1.3b", "BitNet b1.58 1.3B with the authors' recipe",
-     "dim=2048 layers=24 heads=32 ffn_dim=5460 seq_len=2048 steps=100000 batch_size=4 grad_accum=122 lr=1.2e-3 lr_schedule=faq stage2_lr=8e-4 warmup_steps=375 "
+     "dim=2048 layers=24 heads=32 ffn_dim=5460 seq_len=2048 steps=100000 batch_size=4 grad_accum=122 lr=1.2e-3 lr_schedule=faq "
+     "stage2_lr=8e-4 warmup_steps=375 "
      "lambda_schedule=none rope_theta=500000 data="},
     {"3b", "BitNet b1.58 3B with the authors' recipe",
-     "dim=3200 layers=26 heads=32 ffn_dim=8640 seq_len=2048 steps=100000 batch_size=2 grad_accum=244 lr=1.2e-3 lr_schedule=faq stage2_lr=8e-4 warmup_steps=375 "
+     "dim=3200 layers=26 heads=32 ffn_dim=8640 seq_len=2048 steps=100000 batch_size=2 grad_accum=244 lr=1.2e-3 lr_schedule=faq "
+     "stage2_lr=8e-4 warmup_steps=375 "
      "lambda_schedule=none rope_theta=500000 data="},
     {"7b", "LLaMA 7B shape",
-     "dim=4096 layers=32 heads=32 ffn_dim=11008 seq_len=2048 steps=100000 batch_size=1 grad_accum=1953 lr=1e-4 warmup_steps=2000 rope_theta=500000 data="}};
+     "dim=4096 layers=32 heads=32 ffn_dim=11008 seq_len=2048 steps=100000 batch_size=1 grad_accum=1953 lr=1e-4 warmup_steps=2000 "
+     "rope_theta=500000 data="}};
 
 // Presets of the mode grpo, which starts from a model: no shapes.
 static const Preset grpo_presets[] = {
@@ -297,11 +311,6 @@ static const struct {
 
 // ---------------------------------------------------------------------------------------------------------
 // Values.
-
-UNUSED static const char *option_from_name_(int from) {
-  static const char *const names[] = {"default", "preset", "config file", "command line"};
-  return names[from];
-}
 
 static char **option_text_(const Options *o, int row) {
   return (char **)((char *)o + option_rows[row].offset);
@@ -349,7 +358,8 @@ UNUSED static int option_find_(const char *name, size_t len) {
     if (strcmp(option_aliases[i][0], key) == 0) real = option_aliases[i][1];
   }
   for (size_t i = 0; i < ARRAY_LEN(option_mode_aliases); i++) {
-    if (strcmp(option_mode_aliases[i][0], option_mode_) == 0 && strcmp(option_mode_aliases[i][1], key) == 0) real = option_mode_aliases[i][2];
+    if (strcmp(option_mode_aliases[i][0], option_mode_) == 0 && strcmp(option_mode_aliases[i][1], key) == 0)
+      real = option_mode_aliases[i][2];
   }
   for (int i = 0; i < OPTION_COUNT; i++) {
     if (strcmp(option_rows[i].name, real) == 0) return i;
@@ -406,8 +416,10 @@ static void option_assign_(Options *o, int row, const char *value, int from, con
     long long v = strtoll(value, &end, 10);
     if (is_switch && (strcmp(value, "true") == 0 || strcmp(value, "on") == 0)) v = 1;
     else if (is_switch && (strcmp(value, "false") == 0 || strcmp(value, "off") == 0)) v = 0;
-    else if (end == value || *end != 0 || errno == ERANGE) die(EXIT_USAGE, "%s: %s: expected an integer, found '%s'", where, r->name, value);
-    if ((double)v < r->lo || (double)v > r->hi) die(EXIT_USAGE, "%s: %s: expected %.0f to %.0f, found %s", where, r->name, r->lo, r->hi, value);
+    else if (end == value || *end != 0 || errno == ERANGE)
+      die(EXIT_USAGE, "%s: %s: expected an integer, found '%s'", where, r->name, value);
+    if ((double)v < r->lo || (double)v > r->hi)
+      die(EXIT_USAGE, "%s: %s: expected %.0f to %.0f, found %s", where, r->name, r->lo, r->hi, value);
     int i = (int)v;
     memcpy(field, &i, sizeof i);
   } else {
@@ -464,8 +476,8 @@ UNUSED static void options_put_json(StrBuf *b, const Options *o, int groups) {
 }
 
 /*
-Takes values from a JSON object of options; where names it in messages ("run.json"). Members "mode" and "preset" are skipped. Options that
-the user has set on the command line stay. Unknown names exit 2.
+Takes values from a JSON object of options; where names it in messages ("run.json"). Members "mode" and "preset" are skipped. Options
+that the user has set on the command line stay. Unknown names exit 2.
 */
 UNUSED static void options_from_json(Options *o, const Json *object, int from, const char *where) {
   if (object == NULL || object->type != JSON_OBJECT) die(EXIT_USAGE, "%s: expected a JSON object of options", where);

@@ -27,7 +27,6 @@ float at an odd offset, so numbers are copied out with memcpy and never read thr
 #include "json.h"
 #include "utils.h"
 #include <strings.h>
-#include <sys/mman.h>
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "safetensors.h copies little-endian numbers as they are; this machine is big-endian"
@@ -272,21 +271,9 @@ UNUSED static void st_check_cover_(const StFile *f, size_t data_bytes) {
 // Maps a file and checks its header; the data itself is not looked at (see st_verify). Exit 2 if the file cannot be read,
 // 3 if it is damaged.
 UNUSED static void st_open(StFile *f, const char *path) {
-  struct stat st;
   memset(f, 0, sizeof *f);
-  int fd = open(path, O_RDONLY);
-  if (fd < 0 || fstat(fd, &st) != 0) die(EXIT_USAGE, "cannot read %s: %s", path, strerror(errno));
-  if (!S_ISREG(st.st_mode)) die(EXIT_USAGE, "cannot read %s: it is not a file", path);
-  if (st.st_size < 8)
-    die(EXIT_DAMAGED, "%s: expected at least the 8 bytes of the header's length, found a file of %lld; copy or download it again",
-        path, (long long)st.st_size);
-  if ((uint64_t)st.st_size > SIZE_MAX) die(EXIT_USAGE, "%s: a file of %lld bytes does not fit", path, (long long)st.st_size);
+  f->map = map_file(path, &f->map_bytes, 8, "the header's length");
   f->path = xstrdup(path);
-  f->map_bytes = (size_t)st.st_size;
-  void *map = mmap(NULL, f->map_bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-  if (map == MAP_FAILED) die(EXIT_FAILED, "cannot map %s: %s", path, strerror(errno));
-  close(fd);   // the mapping stays
-  f->map = (const unsigned char *)map;
 
   // 1. The header's length, then the header as JSON.
   const char *text = (const char *)f->map + 8;
@@ -624,8 +611,8 @@ typedef struct {
   const char *key, *value;   // "format" and keys that begin with "crc32." are the writer's own
 } StMeta;
 
-// Gives elements first .. first+count-1 of entries[entry]: count floats, or count bytes for ST_U8, int32 for ST_I32. Called twice for each
-// element, first for the checksum, then for the file; both times it must give the same.
+// Gives elements first .. first+count-1 of entries[entry]: count floats, or count bytes for ST_U8, int32 for ST_I32. Called twice for
+// each element, first for the checksum, then for the file; both times it must give the same.
 typedef void (*StSource)(void *ctx, size_t entry, size_t first, size_t count, void *out);
 
 #define ST_CHUNK_ ((size_t)1 << 16)   // elements that the writer asks for at once

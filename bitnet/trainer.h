@@ -1,8 +1,8 @@
 /*
 trainer.h: the one training loop.
 
-What it is:  accumulate gradients over micro-batches, clip, update, follow the schedules, evaluate, sample, save, log, show progress, obey
-             signals; and the run folder in which all of that leaves its traces.
+What it is:  accumulate gradients over micro-batches, clip, update, follow the schedules, evaluate, sample, save, log, show progress,
+             obey signals; and the run folder in which all of that leaves its traces.
 What not:    no data and no losses: a mode brings them as Hooks. No arithmetic.
 Read before: bitnet/model.h, bitnet/losses.h, bitnet/optim.h, bitnet/checkpoint.h.
 Defines:     Metrics, Work, Hooks, Trainer, run_check_mode, trainer_open, trainer_train, trainer_close; run_open, run_log.
@@ -45,9 +45,9 @@ typedef struct {
 // What a mode brings along. ctx is handed back to every function.
 typedef struct {
   void *ctx;
-  // Fills micro-batch number `index` of the run: a pure function of the options and index. With collect: micro-batch `index` of the phase.
+  // Fills micro-batch number `index` of the run: a pure function of the options and index. With collect: `index` of the phase.
   void (*batch)(void *ctx, uint64_t index, Batch *b);
-  // Forward and backward of one micro-batch; every loss gradient is weighted by coef. Returns the sum of the losses. NULL: cross-entropy.
+  // Forward and backward of one micro-batch; loss gradients are weighted by coef. Returns the sum of the losses. NULL: cross-entropy.
   double (*loss)(void *ctx, Model *m, const Batch *b, float coef, float *host_coef);
   // For modes that make their own data: collects what phase 0, 1, ... of a step learns from, with the model as it is now, quantised
   // at the step's lambda. Returns 0 if the step has no such phase. NULL: a step is one update with the next grad_accum micro-batches.
@@ -167,7 +167,8 @@ static void run_lock_(Trainer *t) {
   path_join(path, sizeof path, t->run, ".lock");
   t->lock = open(path, O_RDWR | O_CREAT, 0666);
   if (t->lock < 0) die(EXIT_FAILED, "cannot write %s: %s", path, strerror(errno));
-  if (flock(t->lock, LOCK_EX | LOCK_NB) != 0) die(EXIT_USAGE, "another process is training the run %s; wait for it or stop it", t->run);
+  if (flock(t->lock, LOCK_EX | LOCK_NB) != 0)
+    die(EXIT_USAGE, "another process is training the run %s; wait for it or stop it", t->run);
 }
 
 // Makes a new run folder and points run_dir/latest at it.
@@ -473,8 +474,8 @@ static void show_progress_(Trainer *t, const StepReport *r) {
   put_duration_(eta, sizeof eta, per_step * (double)(t->o->steps - t->state.step));
   fprintf(stderr, "%sstep %*lld/%d  loss %8.4f  lambda %.3f  lr %.2e  norm %7.3f  %6.0f ms  %7.0f tok/s  ETA %-8s%s%s%s%s",
           tty ? "\r" : "", snprintf(NULL, 0, "%d", t->o->steps), (long long)t->state.step, t->o->steps, r->loss, r->lambda, r->lr,
-          r->grad_norm, r->seconds * 1e3, (double)r->tokens / r->seconds, eta, more.data ? more.data : "", curve, r->skipped ? "  SKIPPED: not finite" : "",
-          tty ? "" : "\n");
+          r->grad_norm, r->seconds * 1e3, (double)r->tokens / r->seconds, eta, more.data ? more.data : "", curve,
+          r->skipped ? "  SKIPPED: not finite" : "", tty ? "" : "\n");
   strbuf_free(&more);
   t->line_open = tty;
   if (t->window_steps >= 50) {   // the ETA follows the last steps, not the whole run
@@ -578,8 +579,8 @@ static int due_(int every, int64_t step) {
 }
 
 /*
-Trains until the last step, stop_at, or a signal; saves; prints the closing line. Returns when the run is safe on disk; dies (with what was
-saved before intact) if max_skips updates in a row were not finite or a checkpoint cannot be written.
+Trains until the last step, stop_at, or a signal; saves; prints the closing line. Returns when the run is safe on disk; dies (with what
+was saved before intact) if max_skips updates in a row were not finite or a checkpoint cannot be written.
 */
 UNUSED static void trainer_train(Trainer *t) {
   const Options *o = t->o;

@@ -6,7 +6,7 @@ What it is:  error exits, checked memory, the counter-based random numbers, time
 What not:    nothing here knows about models, tensors or devices.
 Read before: nothing; this is the bottom of the house.
 Defines:     die, die_at, EXIT_USAGE, EXIT_DAMAGED; xmalloc, xcalloc, xrealloc, xstrdup, alloc_guard;
-             rng_u64, rng_uniform, rng_normal, rng_below; time_now; StrBuf; read_file, make_dirs,
+             rng_u64, rng_uniform, rng_normal, rng_below; time_now; StrBuf; read_file, map_file, make_dirs,
              SafeFile (temporary name -> fsync -> rename), hash_bytes, crc32_bytes, nearest_name.
 */
 #ifndef BITNET_UTILS_H
@@ -22,6 +22,7 @@ Defines:     die, die_at, EXIT_USAGE, EXIT_DAMAGED; xmalloc, xcalloc, xrealloc, 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <time.h>
@@ -286,6 +287,25 @@ UNUSED static char *read_file(const char *path, size_t *len) {
   data[got] = 0;
   *len = got;
   return data;
+}
+
+// Maps a whole file for reading; the caller unmaps *bytes (=) bytes. Exit 2 if it cannot be read, 3 if it is shorter than `least` bytes,
+// which are called `what`.
+UNUSED static const unsigned char *map_file(const char *path, size_t *bytes, size_t least, const char *what) {
+  struct stat st;
+  int fd = open(path, O_RDONLY);
+  if (fd < 0 || fstat(fd, &st) != 0) die(EXIT_USAGE, "cannot read %s: %s", path, strerror(errno));
+  if (!S_ISREG(st.st_mode)) die(EXIT_USAGE, "cannot read %s: it is not a file", path);
+  if ((uint64_t)st.st_size > SIZE_MAX) die(EXIT_USAGE, "%s: a file of %lld bytes does not fit", path, (long long)st.st_size);
+  *bytes = (size_t)st.st_size;
+  if (*bytes < least) {
+    die(EXIT_DAMAGED, "%s: expected at least the %zu bytes of %s, found a file of %zu; copy or download it again", path, least, what,
+        *bytes);
+  }
+  void *map = mmap(NULL, *bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+  if (map == MAP_FAILED) die(EXIT_FAILED, "cannot map %s: %s", path, strerror(errno));
+  close(fd);   // the mapping stays
+  return (const unsigned char *)map;
 }
 
 /*

@@ -432,7 +432,7 @@ EMU_FN int __dp4a(int a, int b, int c) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// The instructions that train_bitnet.cu wraps in inline assembly; the layouts are those of the PTX manual. g = lane / 4, t = lane % 4.
+// The instructions that products.cuh wraps in inline assembly; the layouts are those of the PTX manual. g = lane / 4, t = lane % 4.
 
 // One element of a fragment register of another lane.
 EMU_FN float emu_bf16_of(const unsigned char *slots, int lane, int word, int half) {
@@ -797,6 +797,7 @@ EMU_FN cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, c
   const void *pointers[4] = {A, B, C, D};
   for (int i = 0; i < 4; i++) {
     if ((uintptr_t)pointers[i] % algo->alignment[i]) return CUBLAS_STATUS_INVALID_VALUE;
+    if (a->type == CUDA_R_8I && (uintptr_t)pointers[i] % 4) return CUBLAS_STATUS_NOT_SUPPORTED;
   }
   bool ta = d->attribute[CUBLASLT_MATMUL_DESC_TRANSA] == CUBLAS_OP_T, tb = d->attribute[CUBLASLT_MATMUL_DESC_TRANSB] == CUBLAS_OP_T;
   size_t K = ta ? a->rows : a->cols, lda = (size_t)a->ld, ldb = (size_t)b->ld;

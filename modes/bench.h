@@ -7,7 +7,8 @@ What it is:  ./train_bitnet bench            everything below
              ./train_bitnet bench train      whole training steps of three models, tokens/s; train/124m_t1024/32 and
                                              train/1.3b_t1024/8 (the last number is the batch) are for GPUs, and run only when named
              ./train_bitnet bench ops        one training step of each model taken apart: ms per op and its share
-             ./train_bitnet bench decode     prompts and decoding with a packed model of two billion weights
+             ./train_bitnet bench decode     prompts and decoding with a packed model of two billion weights; decode/64 decodes 64
+                                             sequences at once (1 to 64) and leaves the rest out
              Rows of name, shape, value, unit. Times are medians. The same shapes run in dev/bench_torch.py.
 What not:    no comparison; the scripts in dev/ put the rows of two programs side by side.
 Read before: bitnet/ops.h, bitnet/model.h. Decoding is in bench_infer.h.
@@ -40,24 +41,6 @@ static const BenchModel bench_gpu_models[] = {
     {"124m_t1024", 32, 1024, 768, 12, 12, 12, 2048, 50257},
     {"1.3b_t1024", 8, 1024, 2048, 24, 32, 32, 5460, 32000}};
 
-static void bench_config_(Config *c, const BenchModel *b) {
-  memset(c, 0, sizeof *c);
-  c->dim = b->dim;
-  c->layers = b->layers;
-  c->heads = b->heads;
-  c->kv_heads = b->kv_heads;
-  c->head_dim = b->dim / b->heads;
-  c->ffn_dim = b->ffn;
-  c->vocab = b->vocab;
-  c->max_seq = b->T;
-  c->norm_eps = 1e-5f;
-  c->rope_theta = 10000;
-  c->activation = ACT_RELU2;
-  c->attn_sub_norm = c->ffn_sub_norm = c->tie_embeddings = 1;
-  c->act_bits = 8;
-  c->init_std = 0.02f;
-}
-
 // One number to the host: waits until the device has finished what it was asked to do.
 static void bench_wait_(const void *device) {
   char byte;
@@ -85,7 +68,7 @@ typedef struct {
 
 static void bench_open_(Bench *x, const BenchModel *b, float lambda, int dx_int8) {
   Config c;
-  bench_config_(&c, b);
+  bench_config_(&c, b->dim, b->layers, b->heads, b->kv_heads, b->ffn, b->vocab, b->T);
   x->b = b;
   model_open(&x->m, &c, PRECISION_BF16);
   model_init_random(&x->m, 1);
@@ -239,7 +222,8 @@ static void bench_op_(Bench *x, int op) {
   LayerWeights *w = &m->weights[0];
   const LayerSlots *s = &m->table.layers[0];
   float *p = m->params, *g = m->grads;
-  int R = m->R, block = bench_block_(m), C = c->dim, F = c->ffn_dim, NH = c->heads, NKV = c->kv_heads, HS = c->head_dim, n = m->head_rows;
+  int R = m->R, block = bench_block_(m), C = c->dim, F = c->ffn_dim, NH = c->heads, NKV = c->kv_heads, HS = c->head_dim,
+      n = m->head_rows;
   switch (op) {
     case OP_QUANTIZE:
       weight_quantize(&w->qkv, p + s->qkv, m->lambda);
@@ -271,7 +255,9 @@ static void bench_op_(Bench *x, int op) {
       linear_backward(m->dfinal, g + m->table.head, m->logits, m->final, p + m->table.head, n, c->vocab, C, m->precision);
       break;
     case OP_QKV_BACK: bitlinear_backward(m->dh, g + s->qkv, NULL, m->dwide, &a->h1, &w->qkv, R); break;
-    case OP_ATTENTION_BACK: attention_backward(m->dwide, m->datt, a->att, a->lse, a->qkv, m->start, m->B, m->T, NH, NKV, HS, m->precision); break;
+    case OP_ATTENTION_BACK:
+      attention_backward(m->dwide, m->datt, a->att, a->lse, a->qkv, m->start, m->B, m->T, NH, NKV, HS, m->precision);
+      break;
     case OP_O_BACK: bitlinear_backward(m->dh, g + s->o, NULL, m->dres, &a->h2, &w->o, R); break;
     case OP_GATE_UP_BACK: bitlinear_backward(m->dh, g + s->gate_up, NULL, m->dwide, &a->h3, &w->gate_up, block); break;
     case OP_GLU_BACK: glu_backward(m->dwide, g + s->sub2, m->dh, a->gate_up, p + s->sub2, a->rstd4, block, F, c->activation); break;
@@ -397,8 +383,8 @@ UNUSED static void mode_bench(Options *o) {
   if (all || strcmp(part, "products") == 0) bench_products_(only, o->dx_int8), known = 1;
   if (all || strcmp(part, "train") == 0) bench_train_(only, o->dx_int8), known = 1;
   if (all || strcmp(part, "ops") == 0) bench_ops_(only, o->dx_int8), known = 1;
-  if (all || strcmp(part, "decode") == 0) bench_decode_(), known = 1;
-  if (!known) die(EXIT_USAGE, "bench: expected peaks, products, train, ops or decode (and /5.1m, /12m or /124m), found '%s'", o->dir);
+  if (all || strcmp(part, "decode") == 0) bench_decode_(only), known = 1;
+  if (!known) die(EXIT_USAGE, "bench: expected peaks, products, train, ops (and /5.1m, /12m or /124m) or decode, found '%s'", o->dir);
 }
 
 #endif

@@ -2,7 +2,8 @@
 bench_infer.h: how fast a packed model runs, and how much of the memory's speed that is.
 
 What it is:  `./train_bitnet bench decode`: a model of the shape of BitNet b1.58 2B4T with random weights, made in memory. Rows of
-             name, shape, value, unit: tokens/s of decoding for 1 and 8 sequences and of prompts of 128 and 512 tokens; the speed of
+             name, shape, value, unit: tokens/s of decoding for 1 and 8 sequences (or decode/N: for N of them, up to 64, and no more)
+             and of prompts of 128 and 512 tokens; the speed of
              reading memory, measured between the decoding steps; the share of the limit that it sets; peak memory.
 What not:    no comparison with other programs; dev/bench_peers.py runs them side by side.
 Read before: bitnet/infer.h, bench.h.
@@ -18,18 +19,7 @@ bytes are read by a plain loop, and medians of both are compared.
 #include "../bitnet/infer.h"
 #include "bench_rows.h"
 
-enum { BI_PROMPT = 128, BI_LONG = 512, BI_TOKENS = 24, BI_BATCH = 8, BI_RUNS = 3 };
-
-static void bi_config_(Config *c) {
-  memset(c, 0, sizeof *c);
-  c->dim = 2560, c->layers = 30, c->heads = 20, c->kv_heads = 5, c->head_dim = 128, c->ffn_dim = 6912, c->vocab = 128256, c->max_seq = 4096;
-  c->norm_eps = 1e-5f;
-  c->rope_theta = 500000;
-  c->activation = ACT_RELU2;
-  c->attn_sub_norm = c->ffn_sub_norm = c->tie_embeddings = 1;
-  c->act_bits = 8;
-  c->init_std = 0.02f;
-}
+enum { BI_PROMPT = 128, BI_LONG = 512, BI_TOKENS = 24, BI_BATCH = 8, BI_MOST = 64, BI_RUNS = 3 };
 
 // Random codes for every matrix; a table of bf16 numbers with standard deviation init_std, each the sum of four uniform ones; gains 1.
 static void bi_fill_(Model *m, uint64_t seed) {
@@ -111,7 +101,7 @@ with the argmax of all logits.
 */
 static void bi_decode_(Session *s, int *next, int n, int at, int check) {
   const Model *m = s->m;
-  int seq[BI_BATCH], pos[BI_BATCH], equal = 0, V = m->c.vocab;
+  int seq[BI_MOST], pos[BI_MOST], equal = 0, V = m->c.vocab;
   double token[BI_TOKENS], reading[BI_TOKENS];
   char shape[64];
   for (int k = 0; k < BI_TOKENS; k++) {
@@ -153,44 +143,62 @@ static size_t bi_peak_(void) {
   return kib * 1024;
 }
 
-static void bench_decode_(void) {
+// n sequences with prompts of BI_PROMPT tokens, then decoding; every token is checked where `check` is 1.
+static void bi_decode_batch_(Model *m, int n, int check) {
+  Session s;
+  int next[BI_MOST];
+  session_open(&s, m, n, BI_PROMPT + BI_TOKENS, BI_PROMPT, 1);
+  for (int i = 0; i < n; i++) next[i] = bi_prompt_(&s, i, BI_PROMPT);
+  bi_decode_(&s, next, n, BI_PROMPT, check);
+  session_free(&s);
+}
+
+// Prompts and decoding of one sequence, and what memory that takes. need: the forecast.
+static void bi_single_(Model *m, const RunMemory *need) {
+  Session s;
+  char shape[64];
+  session_open(&s, m, 1, BI_LONG + BI_TOKENS, BI_LONG, 1);
+  for (int prompt = BI_PROMPT; prompt <= BI_LONG; prompt += BI_LONG - BI_PROMPT) {
+    double t[BI_RUNS];
+    int next = bi_prompt_(&s, 0, prompt);
+    for (int k = 0; k < BI_RUNS; k++) {
+      double t0 = time_now();
+      next = bi_prompt_(&s, 0, prompt);
+      t[k] = time_now() - t0;
+    }
+    snprintf(shape, sizeof shape, "2b4t T=%d", prompt);
+    bench_row_("prefill", shape, prompt / bench_median_(t, BI_RUNS), "tokens/s");
+    bi_decode_(&s, &next, 1, prompt, prompt == BI_PROMPT);
+  }
+  size_t held = need->weights + need->tables + need->cache;
+  bench_row_("weights_tables_cache", "2b4t", (double)held / 1e6, "MB");
+  bench_row_("peak_memory", "2b4t", (double)bi_peak_() / 1e6, "MB");
+  bench_row_("peak_of_held", "2b4t", 100.0 * (double)bi_peak_() / (double)held, "%");
+  session_free(&s);
+}
+
+// batch: the number of sequences to decode, as text; empty: one and BI_BATCH, and prompts.
+static void bench_decode_(const char *batch) {
   Config c;
   Model m;
-  Session s;
-  int next[BI_BATCH];
-  char shape[64];
-  bi_config_(&c);
+  char *end;
+  long n = strtol(batch, &end, 10);
+  if (batch[0] && (*end || n < 1 || n > BI_MOST)) die(EXIT_USAGE, "bench decode/%s: expected 1 to %d sequences", batch, (int)BI_MOST);
+  bench_config_(&c, 2560, 30, 20, 5, 6912, 128256, 4096);
   RunMemory need = run_memory(&c, PRECISION_BF16, 1, 1, 1, BI_LONG + BI_TOKENS, BI_LONG);
+  if (batch[0]) need = run_memory(&c, PRECISION_BF16, 1, 1, (int)n, BI_PROMPT + BI_TOKENS, BI_PROMPT);
   if (dev_memory_free() != 0 && need.total > dev_memory_free())
     die(EXIT_FAILED, "the model needs %.1f MB, %.1f MB are free", (double)need.total / 1e6, (double)dev_memory_free() / 1e6);
   model_open_frozen(&m, &c, PRECISION_BF16, 1, 1);
   bi_fill_(&m, 1);
   bench_row_("packed_weights", "2b4t", (double)need.weights / 1e6, "MB");
   bench_row_("tables", "2b4t", (double)need.tables / 1e6, "MB");
-
-  session_open(&s, &m, 1, BI_LONG + BI_TOKENS, BI_LONG, 1);
-  for (int prompt = BI_PROMPT; prompt <= BI_LONG; prompt += BI_LONG - BI_PROMPT) {
-    double t[BI_RUNS];
-    next[0] = bi_prompt_(&s, 0, prompt);
-    for (int k = 0; k < BI_RUNS; k++) {
-      double t0 = time_now();
-      next[0] = bi_prompt_(&s, 0, prompt);
-      t[k] = time_now() - t0;
-    }
-    snprintf(shape, sizeof shape, "2b4t T=%d", prompt);
-    bench_row_("prefill", shape, prompt / bench_median_(t, BI_RUNS), "tokens/s");
-    bi_decode_(&s, next, 1, prompt, prompt == BI_PROMPT);
+  if (batch[0]) {
+    bi_decode_batch_(&m, (int)n, 0);
+  } else {
+    bi_single_(&m, &need);
+    bi_decode_batch_(&m, BI_BATCH, 1);
   }
-  size_t held = need.weights + need.tables + need.cache;
-  bench_row_("weights_tables_cache", "2b4t", (double)held / 1e6, "MB");
-  bench_row_("peak_memory", "2b4t", (double)bi_peak_() / 1e6, "MB");
-  bench_row_("peak_of_held", "2b4t", 100.0 * (double)bi_peak_() / (double)held, "%");
-  session_free(&s);
-
-  session_open(&s, &m, BI_BATCH, BI_PROMPT + BI_TOKENS, BI_PROMPT, 1);
-  for (int i = 0; i < BI_BATCH; i++) next[i] = bi_prompt_(&s, i, BI_PROMPT);
-  bi_decode_(&s, next, BI_BATCH, BI_PROMPT, 1);
-  session_free(&s);
   model_free(&m);
 }
 

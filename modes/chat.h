@@ -1,8 +1,8 @@
 /*
 chat.h: a conversation on the terminal.
 
-What it is:  ./train_bitnet chat DIR. The answer appears token by token. A model with marks for turns in its tokenizer (<|im_start|>, or
-             <|start_header_id|>) is given the conversation so far in its template; a base model continues each line on its own (an
+What it is:  ./train_bitnet chat DIR. The answer appears token by token. A model with marks for turns in its tokenizer (<|im_start|>,
+             or <|start_header_id|>) is given the conversation so far in its template; a base model continues each line on its own (an
              arithmetic model wants "12+34="). /reset forgets the conversation, /quit or the end of the input ends it.
              When the context is full, the oldest turns are forgotten, never the system text.
 Read before: modes/generate.h. The templates are those of prepro/chat.py.
@@ -51,7 +51,8 @@ static int template_of_(const Tokenizer *t) {
 
 // The token that ends a turn of the model.
 static int template_end_(const Tokenizer *t, int template_) {
-  return template_ == TEMPLATE_CHATML ? mark_id_(t, "<|im_end|>") : template_ == TEMPLATE_LLAMA3 ? mark_id_(t, "<|eot_id|>") : t->eos_id;
+  if (template_ == TEMPLATE_CHATML) return mark_id_(t, "<|im_end|>");
+  return template_ == TEMPLATE_LLAMA3 ? mark_id_(t, "<|eot_id|>") : t->eos_id;
 }
 
 // Appends what stands before a turn's text (open) or behind it.

@@ -48,8 +48,8 @@ UNUSED static void arithmetic_from_options(Arithmetic *a, const Options *o) {
 }
 
 /*
-Prepares to measure m, which has batch buffers. pattern: validation shards, "" for none; ignored with arithmetic data. tok may be NULL for shards
-without a tokenizer. codes_only: m stays at lambda = 1.
+Prepares to measure m, which has batch buffers. pattern: validation shards, "" for none; ignored with arithmetic data. tok may be NULL
+for shards without a tokenizer. codes_only: m stays at lambda = 1.
 */
 UNUSED static void evaluation_open(Evaluation *e, const Options *o, Model *m, const Tokenizer *tok, const char *pattern,
                                    int codes_only) {

@@ -4,8 +4,8 @@ perplexity.h: how well does a model predict a text.
 What it is:  ./train_bitnet perplexity DIR file=book.txt [overlap=128]     a text file
              ./train_bitnet perplexity DIR data='data/val_*.bin'           token shards
              The tokens are cut into windows of seq_len (default: the model's context). The first `overlap` tokens of a window are only
-             context for the others; without overlap every window starts blind. Prints the loss and perplexity per token, and per byte of
-             text, which is the one to compare between models with different tokenizers.
+             context for the others; without overlap every window starts blind. Prints the loss and perplexity per token, and per byte
+             of text, which is the one to compare between models with different tokenizers.
 Read before: modes/generate.h, bitnet/losses.h.
 Defines:     mode_perplexity.
 */
@@ -46,7 +46,8 @@ UNUSED static void mode_perplexity(Options *o) {
   Speaker s;
   Batch b;
   size_t n;
-  if ((o->file[0] != 0) == (options_is_set(o, "data") == FROM_USER)) die(EXIT_USAGE, "perplexity needs one of file=TEXT and data=GLOB");
+  if ((o->file[0] != 0) == (options_is_set(o, "data") == FROM_USER))
+    die(EXIT_USAGE, "perplexity needs one of file=TEXT and data=GLOB");
   speaker_open(&s, o, (float)o->lambda);
   int *ids = perplexity_tokens_(o, &s.tok, s.m.c.vocab, &n);
   int T = o->seq_len > 0 && o->seq_len < s.m.c.max_seq ? o->seq_len : s.m.c.max_seq;

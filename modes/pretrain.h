@@ -48,8 +48,8 @@ static void pretrain_describe_(void *ctx, StrBuf *b) {
 }
 
 /*
-The tokenizer of the run. A run that starts from a model (from, or "") uses the model's; arithmetic brings its own; shards have it in the
-directory tokenizer=, or beside them. Returns 0 if there is none: then vocab= must be given, and there are no samples.
+The tokenizer of the run. A run that starts from a model (from, or "") uses the model's; arithmetic brings its own; shards have it in
+the directory tokenizer=, or beside them. Returns 0 if there is none: then vocab= must be given, and there are no samples.
 */
 static int pretrain_tokenizer_(Tokenizer *tok, const Options *o, const char *from) {
   char dir[4096], path[4096];
@@ -121,6 +121,18 @@ static void pretrain_check_memory_(const Options *o, const Config *c, int codes_
   printf("does not fit: %.1f MB are free; %s\n", (double)there / 1e6, hint);
 }
 
+// The largest batch_size whose memory is at most `bytes`, 0 if not even one row fits: memory grows with the rows.
+static int pretrain_largest_batch_(const Options *o, const Config *c, int recompute, int codes_only, size_t bytes) {
+  int fits = 0, fails = (1 << 20) + 1;
+  if (fails > INT_MAX / o->seq_len) fails = INT_MAX / o->seq_len;
+  while (fails - fits > 1) {
+    int middle = fits + (fails - fits) / 2;
+    if (model_memory(c, middle, o->seq_len, recompute, codes_only).total <= bytes) fits = middle;
+    else fails = middle;
+  }
+  return fits;
+}
+
 static void pretrain_dry_run_(const Options *o, const Config *c, int codes_only) {
   StrBuf b = {NULL, 0, 0};
   Memory need = model_memory(c, o->batch_size, o->seq_len, o->recompute, codes_only);
@@ -132,6 +144,11 @@ static void pretrain_dry_run_(const Options *o, const Config *c, int codes_only)
   printf("tokens: %lld per update, %lld in the whole run\n", (long long)o->batch_size * o->seq_len * o->grad_accum,
          (long long)o->batch_size * o->seq_len * o->grad_accum * o->steps);
   pretrain_put_memory_(stdout, &need);
+  size_t there = dev_memory_free();
+  if (there > 0) {
+    printf("largest batch_size %d, with recompute=1 %d: %.1f MB are free\n", pretrain_largest_batch_(o, c, 0, codes_only, there),
+           pretrain_largest_batch_(o, c, 1, codes_only, there), (double)there / 1e6);
+  }
   pretrain_check_memory_(o, c, codes_only, 0);
   tensor_table_free(&table);
   strbuf_free(&b);

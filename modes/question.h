@@ -1,8 +1,8 @@
 /*
 question.h: how a question becomes a prompt.
 
-What it is:  the option qa_template: the ids of a question for a model that answers it, and of a second pass over its first answer. Evaluation and
-             reinforcement learning ask in the same words.
+What it is:  the option qa_template: the ids of a question for a model that answers it, and of a second pass over its first answer.
+             Evaluation and reinforcement learning ask in the same words.
 What not:    no conversations; chat.h has those.
 Read before: chat.h.
 Defines:     question_prompt.

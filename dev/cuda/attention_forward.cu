@@ -1,8 +1,8 @@
 /*
 attention_forward.cu: causal attention of a batch, out = softmax(q k' / sqrt(HS)) v, three times.
 
-    1  a thread for each query      the scores never exist as a matrix ("online softmax": sums so far are scaled down when a larger score
-                                    comes), but every thread reads all keys and values by itself
+    1  a thread for each query      the scores never exist as a matrix ("online softmax": sums so far are scaled down when a larger
+                                    score comes), but every thread reads all keys and values by itself
     2  a warp for each query        lanes share the head's dimensions out, so reads are wide; a shuffle sum for each key
     3  tensor cores                 the program's: 64 queries of a block meet 64 keys in shared memory, products by mma
 

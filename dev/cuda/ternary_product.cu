@@ -3,12 +3,12 @@ ternary_product.cu: y = q w' for a few rows of int8 activations and a ternary ma
 
     1  a thread for each output     int8 codes, four products an instruction (dp4a); neighbouring threads read addresses a row apart
     2  a warp for each output       neighbouring lanes read neighbouring words; their sums meet in shuffles
-    3  2 bits a code                the same with 16 codes a word: a quarter of the memory to read, and a shift and a mask for four codes
+    3  2 bits a code                the same with 16 codes a word: a quarter of the memory to read; a shift and a mask for four codes
     4  tensor cores                 the program's: packed in the order in which the lanes of a warp need operand a of mma, so that one
                                     unpacked word serves 8 rows of activations
 
 The measure is the memory: each weight is read once, 1 byte in versions 1 and 2, a quarter of it in 3 and 4.
-Read before: versions.cuh; ternary_forward_kernel in train_bitnet.cu.
+Read before: versions.cuh; ternary_forward_kernel in products.cuh.
 */
 #include "versions.cuh"
 
@@ -42,9 +42,10 @@ __global__ void ternary_2(floatX *out, const int8_t *q, const float *s, const in
   if (lane == 0) write_output(out, r * n_out + n, sum, __fmul_rn(s[r], gamma[n]));
 }
 
-// Word i of a row holds codes + 1 of k = 16 i .. 16 i + 15: byte b, bits 2f and 2f+1 for k = 16 i + 4 f + b, so that a shift and a mask
-// leave four neighbouring codes in the four bytes. The ones that were added come off at the end: they count each activation once.
-__global__ void ternary_3(floatX *out, const int8_t *q, const float *s, const uint32_t *packed, const float *gamma, int n_out, int n_in) {
+// Word i of a row holds codes + 1 of k = 16 i .. 16 i + 15: byte b, bits 2f and 2f+1 for k = 16 i + 4 f + b, so that a shift and a
+// mask leave four neighbouring codes in the four bytes. The ones that were added come off at the end: they count each activation once.
+__global__ void ternary_3(floatX *out, const int8_t *q, const float *s, const uint32_t *packed, const float *gamma, int n_out,
+                          int n_in) {
   int n = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP, sum = 0, excess = 0;
   size_t r = blockIdx.y;
   if (n >= n_out) return;

@@ -6,16 +6,15 @@ What it is:  each file here takes one operation and writes it several times, fro
              on the CPU. `make benchcu` builds and runs all files on a GPU and prints time and share of the machine's peak;
              dev/cuda_emu.h compiles and checks them without one (small sizes, no times).
 What not:    no tests of edges and odd shapes: dev/test/test_cuda.cu.
-Read before: bitnet/ops.h, and the kernel of the same name in train_bitnet.cu.
-Defines:     Floats, Dev, normals; bench_start, bench_version, bench_end.
+Read before: bitnet/ops.h, memory.cuh, and the kernel of the same name in train_bitnet.cu or products.cuh.
+Defines:     normals; bench_start, bench_version, bench_end.
 */
 #define TESTING
 #include "../../train_bitnet.cu"
 
 #include <functional>
-#include <vector>
 
-typedef std::vector<float> Floats;
+#include "memory.cuh"
 
 #ifdef CUDA_EMU_H
 static const bool EMULATED = true;
@@ -36,35 +35,6 @@ static float as_activation(float x) {
   from_float(&y, x);
   return to_float(y);
 }
-
-// Device memory of n values that frees itself.
-template <class T>
-struct Dev {
-  T *p;
-  size_t n;
-  explicit Dev(size_t n_) : p((T *)dev_malloc(n_ * sizeof(T))), n(n_) {
-    if (p == NULL) die(EXIT_FAILED, "out of memory: %zu bytes", n_ * sizeof(T));
-  }
-  explicit Dev(const std::vector<T> &v) : Dev(v.size()) { dev_copy_in(p, v.data(), n * sizeof(T)); }
-  Dev(const Dev &) = delete;
-  ~Dev() { dev_free(p); }
-  std::vector<T> out() const {
-    std::vector<T> v(n);
-    dev_copy_out(v.data(), p, n * sizeof(T));
-    return v;
-  }
-};
-
-// The same for activations, which the host sees as floats.
-struct Acts : Dev<floatX> {
-  explicit Acts(size_t n_) : Dev<floatX>(n_) {}
-  explicit Acts(const Floats &v) : Dev<floatX>(v.size()) { dev_floatx_in(p, v.data(), n); }
-  Floats out() const {
-    Floats v(n);
-    dev_floatx_out(v.data(), p, n);
-    return v;
-  }
-};
 
 // ---------------------------------------------------------------------------------------------------------
 

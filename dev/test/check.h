@@ -17,7 +17,15 @@ typedef struct {
   void (*fn)(void);
 } Test;
 
+// 1 where dev/cuda_emu.h plays the GPU, slowly: there tests take sizes that still cross every tile and chunk, but not much more.
+#ifdef CUDA_EMU_H
+enum { EMULATED = 1 };
+#else
+enum { EMULATED = 0 };
+#endif
+
 static int check_failures;   // of the test that is running
+UNUSED static void (*before_test)(void);   // if set, called before each test, so that none depends on the one before it
 
 // CHECK(condition, "format", values...): on failure prints where, the condition and the message.
 #define CHECK(cond, ...)                                                        \
@@ -95,12 +103,16 @@ UNUSED static const char *test_dir(void) {
   return path;
 }
 
-// Runs the tests whose name contains filter (NULL = all) and prints the closing line. Returns the exit code.
+// Runs the tests whose name contains filter (NULL = all; "1/3": the first of three parts of all) and prints the closing line. Returns
+// the exit code.
 UNUSED static int run_tests(const Test *tests, size_t n, const char *filter) {
   int passed = 0, failed = 0;
+  size_t part = 0, parts = 0;
+  int in_parts = filter && sscanf(filter, "%zu/%zu", &part, &parts) == 2 && parts > 0;
   for (size_t i = 0; i < n; i++) {
-    if (filter && strstr(tests[i].name, filter) == NULL) continue;
+    if (in_parts ? i % parts + 1 != part : filter && strstr(tests[i].name, filter) == NULL) continue;
     check_failures = 0;
+    if (before_test) before_test();
     double t0 = time_now();
     tests[i].fn();
     printf("%s  %-28s %6.2f s  %s\n", check_failures ? "FAIL" : "ok  ", tests[i].name, time_now() - t0, tests[i].about);

@@ -12,8 +12,8 @@ Read before: bitnet/policy.h, dev/test/test_grpo.py.
 #include "../../bitnet/policy.h"
 
 /*
-The loss of B answers with T places each, and its gradient. logits, ref_logits, dlogits (=): [B,T,V]; targets, old_logp, ref_logp: [B,T],
-targets -1 where there is none; advantage [B]. longest: of reduction dr. kl (=): its mean over tokens.
+The loss of B answers with T places each, and its gradient. logits, ref_logits, dlogits (=): [B,T,V]; targets, old_logp, ref_logp:
+[B,T], targets -1 where there is none; advantage [B]. longest: of reduction dr. kl (=): its mean over tokens.
 */
 double policy_case(int B, int T, int V, const float *logits, const float *ref_logits, const int *targets, const float *old_logp,
                    const float *ref_logp, const float *advantage, double clip_low, double clip_high, double beta, int kl_kind,

@@ -11,8 +11,8 @@ Bounds:      integers equal. Floats: max |a-b| / max |b| with fp32 activations, 
 #define TESTING
 #include "../../train_bitnet.cu"
 
+#include "../cuda/memory.cuh"
 #include "check.h"
-#include <vector>
 
 // The CPU ops, declared once more with float activations and C linkage.
 #undef BITNET_OPS_H
@@ -23,7 +23,6 @@ extern "C" {
 }
 }
 
-typedef std::vector<float> Floats;
 typedef std::vector<int> Ints;
 
 static const bool BF16 = sizeof(floatX) == 2;
@@ -56,44 +55,6 @@ static Ints integers(size_t n, int below) {
   for (size_t i = 0; i < n; i++) v[i] = (int)rng_below(7, RNG_TEST, draws++, (uint64_t)below);
   return v;
 }
-
-// Device memory of exactly n values that frees itself.
-template <class T>
-struct Dev {
-  T *p;
-  size_t n;
-  explicit Dev(size_t n_) : p((T *)dev_malloc(n_ * sizeof(T))), n(n_) {}
-  explicit Dev(const std::vector<T> &v) : p((T *)dev_malloc(v.size() * sizeof(T))), n(v.size()) { dev_copy_in(p, v.data(),
-      n * sizeof(T)); }
-  Dev(const Dev &) = delete;
-  ~Dev() { dev_free(p); }
-  std::vector<T> out() const {
-    std::vector<T> v(n);
-    dev_copy_out(v.data(), p, n * sizeof(T));
-    return v;
-  }
-};
-
-// Activations on the device.
-struct Act {
-  floatX *p;
-  size_t n;
-  explicit Act(size_t n_) : p((floatX *)dev_malloc(n_ * sizeof(floatX))), n(n_) {}
-  explicit Act(const Floats &v) : p((floatX *)dev_malloc(v.size() * sizeof(floatX))), n(v.size()) { dev_floatx_in(p, v.data(), n); }
-  Act(const Act &) = delete;
-  ~Act() { dev_free(p); }
-  Floats out() const {
-    Floats v(n);
-    dev_floatx_out(v.data(), p, n);
-    return v;
-  }
-  bool same_bits(const Act &o) const {
-    std::vector<char> a(n * sizeof(floatX)), b(n * sizeof(floatX));
-    dev_copy_out(a.data(), p, a.size());
-    dev_copy_out(b.data(), o.p, b.size());
-    return n == o.n && a == b;
-  }
-};
 
 static double norm_error(const Floats &a, const Floats &b) {
   double d = 0, n = 0;
@@ -150,7 +111,7 @@ static void reserve_scratch(size_t rows, size_t n, size_t k) {
 
 static void test_device(void) {
   Floats v = activations(STAGE + 77, 1);
-  Act a(v);
+  Acts a(v);
   CHECK(a.out() == v, "activations do not come back as they went in");
   Dev<float> z(5), from(Floats{1, 2, 3, 4, 5});
   CHECK(z.out() == Floats(5), "dev_malloc does not return zeros");
@@ -166,7 +127,7 @@ static void test_device(void) {
 }
 
 static void test_embedding(void) {
-  const int shapes[][3] = {{70, 23, 24}, {70, 5000, 37}, {1, 1, 8}, {600, 40, 16}};   // R, V, C
+  const int shapes[][3] = {{70, 23, 24}, {70, 5000, 37}, {1, 1, 8}, {9, 7, 12}, {600, 40, 16}};   // R, V, C
   for (const int *s : shapes) {
     int R = s[0], V = s[1], C = s[2];
     Floats wte = randoms((size_t)V * C, 1), dout = activations((size_t)R * C, 1), grad = randoms((size_t)V * C, 1),
@@ -174,7 +135,7 @@ static void test_embedding(void) {
     Ints tokens = integers((size_t)R, V);
     Dev<float> w(wte), g(grad);
     Dev<int> t(tokens);
-    Act out((size_t)R * C), d(dout);
+    Acts out((size_t)R * C), d(dout);
     reserve_scratch((size_t)R, (size_t)V, (size_t)C);
     cpu::embedding_forward(want.data(), tokens.data(), wte.data(), R, C);
     cpu::embedding_backward(want_grad.data(), dout.data(), tokens.data(), R, V, C);
@@ -186,14 +147,14 @@ static void test_embedding(void) {
 }
 
 static void test_rmsnorm(void) {
-  const int shapes[][2] = {{70, 24}, {3, 37}, {33, 1000}, {1, 5000}};   // R, C
+  const int shapes[][2] = {{70, 24}, {3, 37}, {5, 44}, {33, 1000}, {1, 5000}};   // R, C
   for (const int *s : shapes) {
     int R = s[0], C = s[1];
     size_t n = (size_t)R * C;
     Floats x = activations(n, 2), gain = randoms((size_t)C, 1), dout = activations(n, 1), dx = activations(n, 1),
         dgain = randoms((size_t)C, 1);
     Floats want(n), want_rstd((size_t)R), want_dx = dx, want_dgain = dgain;
-    Act gx(x), gout(n), gdout(dout), gdx(dx);
+    Acts gx(x), gout(n), gdout(dout), gdx(dx);
     Dev<float> ggain(gain), rstd((size_t)R), gdgain(dgain);
     reserve_scratch((size_t)R, (size_t)C, (size_t)C);
     cpu::rmsnorm_forward(want.data(), want_rstd.data(), x.data(), gain.data(), R, C, 1e-5f);
@@ -215,7 +176,7 @@ static void test_headnorm(void) {
     Floats x = activations(n, 2), qg = randoms(h, 1), kg = randoms(h, 1), d = activations(n, 1), dqg = randoms(h, 1),
         dkg = randoms(h, 1);
     Floats want(n), want_rstd(stats), want_d = d, want_dqg = dqg, want_dkg = dkg;
-    Act gx(x), gout(n), gd(d);
+    Acts gx(x), gout(n), gd(d);
     Dev<float> gqg(qg), gkg(kg), rstd(stats), gdqg(dqg), gdkg(dkg);
     reserve_scratch((size_t)R, (size_t)(NH + 2 * NKV) * HS, (size_t)NH * HS);
     cpu::headnorm_forward(want.data(), want_rstd.data(), x.data(), qg.data(), kg.data(), R, NH, NKV, HS, 1e-6f);
@@ -255,6 +216,18 @@ struct CpuQ {
   const int8_t *codes() const { return (const int8_t *)memory.data(); }
 };
 
+// The same rows quantised on both sides.
+struct BothQ {
+  GpuQ gpu;
+  CpuQ host;
+  BothQ(const Floats &x, int R, int K, float lambda, int bits)
+      : gpu((size_t)R, (size_t)K, lambda, bits), host((size_t)R, (size_t)K, lambda, bits) {
+    Acts gx(x);
+    act_quant_forward(&gpu.q, gx.p, R, K);
+    cpu::act_quant_forward(&host.q, x.data(), R, K);
+  }
+};
+
 // Codes may differ only where the value before rounding lies within 1e-5 of a tie; few of those may be.
 static void same_codes(const char *name, const GpuQ &got, const CpuQ &want, size_t n, int allowed) {
   std::vector<int8_t> codes = got.codes(n);
@@ -269,7 +242,7 @@ static void same_codes(const char *name, const GpuQ &got, const CpuQ &want, size
 
 static void test_act_quant(void) {
   const float lambdas[] = {0, 0.3f, 1};
-  const int bits[] = {8, 4, 0}, shapes[][2] = {{9, 40}, {3, 37}, {1, 5003}};
+  const int bits[] = {8, 4, 0}, shapes[][2] = {{9, 40}, {3, 37}, {4, 44}, {1, 5003}};
   for (const int *shape : shapes) {
     for (float lambda : lambdas) {
       for (int b : bits) {
@@ -278,7 +251,7 @@ static void test_act_quant(void) {
         Floats x = activations(n, 3);
         for (int k = 0; k < K && R > 1; k++) x[(size_t)K + k] = 0;   // a row of zeros
         if (R > 2) x[2 * (size_t)K + 5] = 8192;                       // and one with an outlier
-        Act gx(x);
+        Acts gx(x);
         GpuQ got((size_t)R, (size_t)K, lambda, b);
         CpuQ want((size_t)R, (size_t)K, lambda, b);
         act_quant_forward(&got.q, gx.p, R, K);
@@ -296,7 +269,7 @@ static void test_act_quant(void) {
   Floats x = activations(4 * 16, 1);
   x[16 + 3] = NAN;
   x[2 * 16 + 7] = -INFINITY;
-  Act gx(x);
+  Acts gx(x);
   GpuQ codes(4, 16, 1, 8), values(4, 16, 0.5f, 8);
   act_quant_forward(&codes.q, gx.p, 4, 16);
   act_quant_forward(&values.q, gx.p, 4, 16);
@@ -307,13 +280,13 @@ static void test_act_quant(void) {
 
 static void test_norm_quant(void) {
   const float lambdas[] = {0, 0.3f, 1};
-  const int shapes[][2] = {{20, 128}, {3, 37}, {2, 2500}};
+  const int shapes[][2] = {{20, 128}, {3, 37}, {4, 52}, {2, 2500}};
   for (const int *shape : shapes) {
     for (float lambda : lambdas) {
       int R = shape[0], C = shape[1];
       size_t n = (size_t)R * C;
       Floats x = activations(n, 3), gain = randoms((size_t)C, 1), want_rstd((size_t)R);
-      Act gx(x);
+      Acts gx(x);
       Dev<float> ggain(gain), rstd((size_t)R);
       GpuQ got((size_t)R, (size_t)C, lambda, 8);
       CpuQ want((size_t)R, (size_t)C, lambda, 8);
@@ -404,7 +377,8 @@ static const double PRODUCT = 6e-3;
 
 static void test_bitlinear_forward(void) {
   // R, parts, K
-  const int shapes[][5] = {{1, 40, 0, 0, 48}, {9, 17, 9, 6, 37}, {20, 16, 16, 0, 136}, {70, 130, 0, 0, 264}, {130, 24, 8, 8, 40}};
+  const int shapes[][5] = {{1, 40, 0, 0, 48},    {9, 17, 9, 6, 37},   {20, 16, 16, 0, 136},
+                           {70, 130, 0, 0, 264}, {130, 24, 8, 8, 40}, {67, 9, 8, 4, 37}, {66, 12, 8, 0, 20}};
   for (const int *s : shapes) {
     for (int variant = 0; variant < 12; variant++) {
       int R = s[0], K = s[4], precision = variant % 2, bits = variant / 2 % 3 == 2 ? 0 : 8;
@@ -413,18 +387,18 @@ static void test_bitlinear_forward(void) {
       Weight w(s[1], s[2], s[3], K, precision, bias);
       size_t n = (size_t)R * w.g.N;
       Floats x = activations((size_t)R * K, 1), residual = activations(n, 1), want(n);
-      Act gx(x), gres(residual), out(n);
-      GpuQ gq((size_t)R, (size_t)K, lambda, bits);
-      CpuQ cq((size_t)R, (size_t)K, lambda, bits);
+      Acts gres(residual), out(n);
+      BothQ q(x, R, K, lambda, bits);
       w.quantize(lambda);
       reserve_scratch((size_t)R, (size_t)w.g.N, (size_t)K);
-      act_quant_forward(&gq.q, gx.p, R, K);
-      cpu::act_quant_forward(&cq.q, x.data(), R, K);
-      bitlinear_forward(out.p, &gq.q, &w.g, bias ? NULL : gres.p, R);
-      cpu::bitlinear_forward(want.data(), &cq.q, &w.c, bias ? NULL : residual.data(), R);
+      bitlinear_forward(out.p, &q.gpu.q, &w.g, bias ? NULL : gres.p, R);
+      cpu::bitlinear_forward(want.data(), &q.host.q, &w.c, bias ? NULL : residual.data(), R);
       if (lambda == 1 && bits > 0) {   // integers: the same bits, after the same rounding to activations
-        Act rounded_want(want);
+        Acts rounded_want(want);
         CHECK(out.same_bits(rounded_want), "integer product differs: R %d N %d K %d", R, w.g.N, K);
+        Acts blas(n);   // the library's path takes every shape
+        CHECK(blas_integer_forward(blas.p, &q.gpu.q, &w.g, bias ? NULL : gres.p, R) && blas.same_bits(out),
+              "R %d N %d K %d by the library", R, w.g.N, K);
       } else {
         // A mix that differs in its last fp32 bit (a fused multiply-add) may be rounded to the other bf16 neighbour.
         double bound = precision == PRECISION_FP32 ? 1e-5 : lambda < 1 ? 1e-3 : 2e-5;
@@ -475,15 +449,12 @@ static void test_packed(void) {
       CHECK(gamma.out() == cpu_gamma, "gamma differs at %d+%d+%d x %d", s[0], s[1], s[2], K);
       for (int R : rows) {
         Floats x = activations((size_t)R * K, 1), residual = activations((size_t)R * N, 1), y((size_t)R * N);
-        Act gx(x), gres(residual), out((size_t)R * N);
-        GpuQ gq((size_t)R, (size_t)K, 1, 8);
-        CpuQ cq((size_t)R, (size_t)K, 1, 8);
+        Acts gres(residual), out((size_t)R * N);
+        BothQ q(x, R, K, 1, 8);
         reserve_scratch((size_t)R, N, (size_t)K);
-        act_quant_forward(&gq.q, gx.p, R, K);
-        cpu::act_quant_forward(&cq.q, x.data(), R, K);
-        bitlinear_forward(out.p, &gq.q, &g, gres.p, R);
-        cpu::bitlinear_forward(y.data(), &cq.q, &c, residual.data(), R);
-        Act rounded_want(y);
+        bitlinear_forward(out.p, &q.gpu.q, &g, gres.p, R);
+        cpu::bitlinear_forward(y.data(), &q.host.q, &c, residual.data(), R);
+        Acts rounded_want(y);
         CHECK(out.same_bits(rounded_want), "packed product differs: R %d N %zu K %d variant %d", R, N, K, variant);
       }
       operand_bytes = kept[0], sums_bytes = kept[1];
@@ -492,7 +463,7 @@ static void test_packed(void) {
 }
 
 static void test_bitlinear_backward(void) {
-  const int shapes[][5] = {{5, 40, 0, 0, 48}, {70, 17, 9, 6, 37}, {40, 16, 16, 0, 136}};
+  const int shapes[][5] = {{5, 40, 0, 0, 48}, {70, 17, 9, 6, 37}, {40, 16, 16, 0, 136}, {9, 12, 8, 0, 20}};
   for (const int *s : shapes) {
     for (int variant = 0; variant < 12; variant++) {
       int R = s[0], K = s[4], precision = variant % 2, bits = variant / 2 % 3 == 2 ? 0 : 8;
@@ -504,21 +475,63 @@ static void test_bitlinear_backward(void) {
       size_t n = (size_t)R * w.g.N, nw = (size_t)w.g.N * K;
       Floats x = activations((size_t)R * K, 1), dout = activations(n, 1), dw = randoms(nw, 1), db = randoms((size_t)w.g.N, 1);
       Floats want_dx((size_t)R * K), want_dw = dw, want_db = db;
-      Act gx(x), gdout(dout), dx((size_t)R * K);
+      Acts gdout(dout), dx((size_t)R * K);
       Dev<float> gdw(dw), gdb(db);
-      GpuQ gq((size_t)R, (size_t)K, lambda, bits);
-      CpuQ cq((size_t)R, (size_t)K, lambda, bits);
+      BothQ q(x, R, K, lambda, bits);
       w.quantize(lambda);
       reserve_scratch((size_t)R, (size_t)w.g.N, (size_t)K);
-      act_quant_forward(&gq.q, gx.p, R, K);
-      cpu::act_quant_forward(&cq.q, x.data(), R, K);
-      bitlinear_backward(dx.p, gdw.p, bias ? gdb.p : NULL, gdout.p, &gq.q, &w.g, R);
-      cpu::bitlinear_backward(want_dx.data(), want_dw.data(), bias ? want_db.data() : NULL, dout.data(), &cq.q, &w.c, R);
+      bitlinear_backward(dx.p, gdw.p, bias ? gdb.p : NULL, gdout.p, &q.gpu.q, &w.g, R);
+      cpu::bitlinear_backward(want_dx.data(), want_dw.data(), bias ? want_db.data() : NULL, dout.data(), &q.host.q, &w.c, R);
       bool fp32 = precision == PRECISION_FP32;   // in the fp32 build; bf16 operands are rounded at different places on the two sides
       close_act("dx", dx.out(), want_dx, PRODUCT, fp32 ? 1e-5 : 6e-3);
       close_act("dw", gdw.out(), want_dw, PRODUCT, fp32 ? 1e-5 : 6e-3);
       close_f32("dbias", gdb.out(), want_db);
       operand_bytes = bounds[0];
+    }
+  }
+}
+
+/*
+dx_int8: the codes of the rounded gradient, and so dx, are the CPU's bit for bit, in one piece and in several; dw is what it is
+without; another key gives another dx; a row that is not finite is seen, and only there.
+*/
+static void test_dx_int8(void) {
+  const int shapes[][5] = {{5, 40, 0, 0, 48}, {70, 17, 9, 6, 37}, {40, 16, 16, 0, 136}, {9, 12, 8, 0, 20}, {3, 5, 0, 0, 5}};
+  for (const int *s : shapes) {
+    for (int pieces = 0; pieces < 2; pieces++) {
+      int R = s[0], K = s[4];
+      size_t kept = sums_bytes;
+      if (pieces) sums_bytes = 2000;
+      Weight w(s[1], s[2], s[3], K, PRECISION_BF16, false), exact(s[1], s[2], s[3], K, PRECISION_BF16, false);
+      size_t N = (size_t)w.g.N, n = (size_t)R * N;
+      w.g.dx_int8 = w.c.dx_int8 = 1;
+      w.g.noise = w.c.noise = 0x123456789ABCDEFull;
+      dev_copy(exact.gmaster.p, w.gmaster.p, N * (size_t)K * sizeof(float));
+      Floats x = activations((size_t)R * K, 1), dout = activations(n, 1), dw(N * K), want((size_t)R * K), want_dw = dw;
+      for (size_t k = 0; k < N; k++) dout[N + k] = 0;                  // a row without gradient
+      Acts gdout(dout), dx((size_t)R * K), other((size_t)R * K);
+      Dev<float> gdw(dw), gdw_exact(dw);
+      BothQ q(x, R, K, 1, 8);
+      w.quantize(1);
+      reserve_scratch((size_t)R, N, (size_t)K);
+      weight_quantize(&exact.g, exact.gmaster.p, 1);
+      bitlinear_backward(other.p, gdw_exact.p, NULL, gdout.p, &q.gpu.q, &exact.g, R);
+      bitlinear_backward(dx.p, gdw.p, NULL, gdout.p, &q.gpu.q, &w.g, R);
+      cpu::bitlinear_backward(want.data(), want_dw.data(), NULL, dout.data(), &q.host.q, &w.c, R);
+      Acts rounded_want(want);
+      CHECK(dx.same_bits(rounded_want), "dx differs from the CPU's: R %d N %zu K %d pieces %d", R, N, K, pieces);
+      CHECK(norm_error(dx.out(), other.out()) < 0.02, "dx is %.3g off the exact one", norm_error(dx.out(), other.out()));
+      CHECK(gdw.out() == gdw_exact.out(), "dw depends on dx_int8");
+      w.g.noise++;
+      bitlinear_backward(other.p, gdw.p, NULL, gdout.p, &q.gpu.q, &w.g, R);
+      CHECK(!other.same_bits(dx), "another key gives the same dx");
+      dout[2 * N + 3] = pieces ? NAN : INFINITY;
+      Acts bad(dout);
+      bitlinear_backward(dx.p, gdw.p, NULL, bad.p, &q.gpu.q, &w.g, R);
+      Floats got = dx.out();
+      CHECK(isnan(got[2 * (size_t)K]) && isfinite(got[0]) && got[(size_t)K] == 0, "rows 0, 1, 2: %g %g %g", got[0], got[(size_t)K],
+            got[2 * (size_t)K]);
+      sums_bytes = kept;
     }
   }
 }
@@ -533,7 +546,7 @@ static void test_linear(void) {
       Floats x = activations((size_t)R * K, 1), w = randoms((size_t)N * K, 0.1f), dout = activations((size_t)R * N, 1),
           dw = randoms((size_t)N * K, 1);
       Floats want((size_t)R * N), want_dx((size_t)R * K), want_dw = dw;
-      Act gx(x), gdout(dout), out((size_t)R * N), dx((size_t)R * K);
+      Acts gx(x), gdout(dout), out((size_t)R * N), dx((size_t)R * K);
       Dev<float> gw(w), gdw(dw);
       reserve_scratch((size_t)R, (size_t)N, (size_t)K);
       linear_forward(out.p, gx.p, gw.p, R, N, K, precision);
@@ -558,7 +571,7 @@ static void test_head(void) {
       if (half) for (float &v : w) v = to_float(__float2bfloat16(v));
       for (int c = 0; c < C; c++) w[(size_t)(V - 1) * C + c] = w[(size_t)(V / 2) * C + c];   // two equal logits in every row
       Ints tokens = integers((size_t)R, V);
-      Act gx(x), logits((size_t)R * V), rows((size_t)R * C);
+      Acts gx(x), logits((size_t)R * V), rows((size_t)R * C);
       Dev<float> gw(w);
       Dev<int> gt(tokens), best((size_t)R);
       Dev<char> table(head_table_bytes(V, C, half));
@@ -573,7 +586,7 @@ static void test_head(void) {
       }
       head_embedding(rows.p, gt.p, &h, R);
       cpu::head_embedding(want_rows.data(), tokens.data(), &ch, R);
-      Act rounded_rows(want_rows);
+      Acts rounded_rows(want_rows);
       CHECK(rows.same_bits(rounded_rows), "embeddings differ");
       head_forward(logits.p, gx.p, &h, R);
       cpu::head_forward(want.data(), x.data(), &ch, R);
@@ -600,10 +613,10 @@ static void test_head(void) {
     for (int columns = 15; columns <= 16; columns++) {
       Floats z(2 * 16, inf);
       for (int r = 0; r < 2; r++) std::copy(e.z, e.z + 10, z.begin() + (long)r * columns);
-      Act gz(z);
+      Acts gz(z);
       Dev<int> best(2);
-      bool wide = columns == 16;
-      LAUNCH_WIDTH(wide, argmax_kernel, 2, 32, 0, best.p, gz.p, columns, 10);
+      int width = width_of((size_t)columns);
+      LAUNCH_WIDTH(width, argmax_kernel, 2, 32, 0, best.p, gz.p, columns, 10);
       Ints got = best.out();
       CHECK(got[0] == e.best && got[1] == e.best, "tokens %d and %d, expected %d", got[0], got[1], e.best);
     }
@@ -611,7 +624,7 @@ static void test_head(void) {
 }
 
 static void test_rope(void) {
-  const int shapes[][4] = {{30, 3, 1, 64}, {7, 2, 2, 6}};
+  const int shapes[][4] = {{30, 3, 1, 64}, {7, 2, 2, 6}, {5, 2, 1, 8}};
   for (const int *s : shapes) {
     int R = s[0], NH = s[1], NKV = s[2], HS = s[3], positions = 40;
     size_t n = (size_t)R * (NH + 2 * NKV) * HS;
@@ -623,7 +636,7 @@ static void test_rope(void) {
         angles[(size_t)p * HS + HS / 2 + i] = sinf((float)p / (float)(i + 1));
       }
     }
-    Act gx(x);
+    Acts gx(x);
     Dev<int> gpos(pos);
     Dev<float> gangles(angles);
     rope_apply(gx.p, gpos.p, gangles.p, R, NH, NKV, HS, 1);
@@ -656,7 +669,7 @@ static void test_attention(void) {
     size_t rows = (size_t)B * T, n = rows * (NH + 2 * NKV) * HS, no = rows * NH * HS;
     Floats qkv = activations(n, 1), dout = activations(no, 1), want(no), want_lse(rows * NH), want_d(n);
     Ints start = document_starts(B, T, s[5]);
-    Act gqkv(qkv), gdout(dout), out(no), d(n);
+    Acts gqkv(qkv), gdout(dout), out(no), d(n);
     Dev<float> lse(rows * NH);
     Dev<int> gstart(start);
     reserve_scratch(rows, (size_t)(NH + 2 * NKV) * HS, (size_t)NH * HS);
@@ -665,7 +678,8 @@ static void test_attention(void) {
     close_act("out", out.out(), want);
     close_f32("lse", lse.out(), want_lse);
     attention_backward(d.p, gdout.p, out.p, lse.p, gqkv.p, gstart.p, B, T, NH, NKV, HS, PRECISION_FP32);
-    cpu::attention_backward(want_d.data(), dout.data(), want.data(), want_lse.data(), qkv.data(), start.data(), B, T, NH, NKV, HS, PRECISION_FP32);
+    cpu::attention_backward(want_d.data(), dout.data(), want.data(), want_lse.data(), qkv.data(), start.data(), B, T, NH, NKV, HS,
+                            PRECISION_FP32);
     close_act("dqkv", d.out(), want_d, 8e-3, 2e-5);
   }
 }
@@ -675,14 +689,14 @@ Two sequences in one cache, a prompt in one call and then position by position. 
 position 0, bit for bit against the training kernel.
 */
 static void test_attention_cached(void) {
-  const int shapes[][4] = {{2, 1, 64, 140}, {3, 3, 6, 20}, {20, 1, 64, 10}, {4, 2, 128, 67}};   // NH, NKV, HS, length
+  const int shapes[][4] = {{2, 1, 64, 140}, {3, 3, 6, 20}, {20, 1, 64, 10}, {4, 2, 128, 67}, {2, 1, 12, 30}};   // NH, NKV, HS, length
   for (const int *s : shapes) {
     int NH = s[0], NKV = s[1], HS = s[2], T = s[3], capacity = (T / KV_BLOCK + 1) * KV_BLOCK, sequences = 2;
     int prompt = T < 100 ? T - 2 : 3;
     size_t QKV = (size_t)(NH + 2 * NKV) * HS, O = (size_t)NH * HS, cache = (size_t)sequences * capacity * NKV * HS;
     Floats qkv = activations((size_t)sequences * T * QKV, 1), want_all((size_t)sequences * T * O), lse((size_t)sequences * T * NH);
     Ints start((size_t)sequences * T);
-    Act gqkv(qkv), training((size_t)sequences * T * O), kc(cache), vc(cache);
+    Acts gqkv(qkv), training((size_t)sequences * T * O), kc(cache), vc(cache);
     Dev<float> glse((size_t)sequences * T * NH);
     Dev<int> gstart(start);
     attention_forward(training.p, glse.p, gqkv.p, gstart.p, sequences, T, NH, NKV, HS, PRECISION_FP32);
@@ -702,7 +716,7 @@ static void test_attention_cached(void) {
           from_training.insert(from_training.end(), train.begin() + (long)(bt * O), train.begin() + (long)((bt + 1) * O));
         }
       }
-      Act gin(in), out((size_t)R * O);
+      Acts gin(in), out((size_t)R * O);
       Dev<int> gseq(seq), gpos(pos);
       attention_cached(out.p, kc.p, vc.p, gin.p, gseq.p, gpos.p, R, capacity, NH, NKV, HS, PRECISION_FP32);
       close_act("out", out.out(), want);
@@ -713,7 +727,7 @@ static void test_attention_cached(void) {
 }
 
 static void test_glu(void) {
-  const int shapes[][2] = {{40, 48}, {3, 37}, {2, 3000}};
+  const int shapes[][2] = {{40, 48}, {3, 37}, {4, 36}, {2, 3000}};
   for (const int *s : shapes) {
     for (int variant = 0; variant < 8; variant++) {
       int R = s[0], F = s[1], act = variant % 2 ? ACT_SILU : ACT_RELU2;
@@ -722,7 +736,7 @@ static void test_glu(void) {
       size_t n = (size_t)R * F;
       Floats x = activations(2 * n, 1), gain = randoms((size_t)F, 1), dout = activations(n, 1), dgain = randoms((size_t)F, 1);
       Floats want_rstd((size_t)R), want_d(2 * n), want_dgain = dgain, dout_copy = dout;
-      Act gx(x), gdout(dout), d(2 * n);
+      Acts gx(x), gdout(dout), d(2 * n);
       Dev<float> ggain(gain), gdgain(dgain), rstd((size_t)R);
       GpuQ got((size_t)R, (size_t)F, lambda, 8);
       CpuQ want((size_t)R, (size_t)F, lambda, 8);
@@ -746,14 +760,14 @@ static void test_glu(void) {
 }
 
 static void test_cross_entropy(void) {
-  const int shapes[][2] = {{7, 40}, {3, 37}, {2, 9001}, {2, 9000}};
+  const int shapes[][2] = {{7, 40}, {3, 37}, {3, 44}, {2, 9001}, {2, 9000}};
   for (const int *s : shapes) {
     int R = s[0], V = s[1];
     Floats logits = activations((size_t)R * V, 4), coef = randoms((size_t)R, 1), want_losses((size_t)R), want_lse((size_t)R),
         want = logits;
     Ints targets = integers((size_t)R, V);
     targets[1] = -1;
-    Act g(logits);
+    Acts g(logits);
     Dev<int> gt(targets);
     Dev<float> gc(coef), losses((size_t)R), lse((size_t)R);
     cross_entropy_forward(losses.p, lse.p, g.p, gt.p, R, V);
@@ -769,7 +783,7 @@ static void test_cross_entropy(void) {
   }
   // A single -infinity among the logits is a probability of 0, not a NaN.
   Floats logits = {1, -INFINITY, 2};
-  Act g(logits);
+  Acts g(logits);
   Dev<int> gt(Ints{0});
   Dev<float> losses(1), lse(1);
   cross_entropy_forward(losses.p, lse.p, g.p, gt.p, 1, 3);
@@ -777,7 +791,7 @@ static void test_cross_entropy(void) {
 }
 
 static void test_policy(void) {
-  const int shapes[][2] = {{7, 40}, {3, 37}, {2, 9001}, {2, 9000}};
+  const int shapes[][2] = {{7, 40}, {3, 37}, {3, 44}, {2, 9001}, {2, 9000}};
   for (const int *s : shapes) {
     int R = s[0], V = s[1];
     Floats logits = activations((size_t)R * V, 2), ref = activations((size_t)R * V, 2), coef = randoms((size_t)R, 1),
@@ -786,7 +800,7 @@ static void test_policy(void) {
     targets[1] = -1;
     cpu::cross_entropy_forward(losses.data(), lse.data(), logits.data(), targets.data(), R, V);
     cpu::cross_entropy_forward(losses.data(), ref_lse.data(), ref.data(), targets.data(), R, V);
-    Act g(logits), q(ref);
+    Acts g(logits), q(ref);
     Dev<int> gt(targets);
     Dev<float> gc(coef), gk(kl_coef), gl(lse), gr(ref_lse), kl((size_t)R);
     policy_backward(kl.p, g.p, gl.p, q.p, gr.p, gt.p, gc.p, gk.p, R, V);
@@ -801,7 +815,7 @@ static void test_policy(void) {
 }
 
 static void test_optimizer(void) {
-  const size_t sizes[] = {1, 37, 4096, 20001};
+  const size_t sizes[] = {1, 37, 44, 4096, 20001};
   for (size_t n : sizes) {
     Floats p = randoms(n, 1), m = randoms(n, 0.1f), v = randoms(n, 0.1f), g = randoms(n, 1);
     for (float &x : v) x *= x;
@@ -847,7 +861,7 @@ static void test_graph(void) {
   const int R = 3, C = 40, N = 24;
   Weight w(N, 0, 0, C, PRECISION_BF16, false);
   w.quantize(1);
-  Act x((size_t)R * C), copy((size_t)R * C), plain((size_t)R * N), replayed((size_t)R * N);
+  Acts x((size_t)R * C), copy((size_t)R * C), plain((size_t)R * N), replayed((size_t)R * N);
   GpuQ q((size_t)R, (size_t)C, 1, 8);
   Dev<float> sum((size_t)N);
   Graph graph = {NULL, 0, 0};
@@ -900,12 +914,12 @@ static void test_rows_alone(void) {
   Weight w(30, 10, 8, C, PRECISION_BF16, true), v(48, 0, 0, C, PRECISION_BF16, false);
   w.quantize(1);
   v.quantize(0.3f);
-  Act gx(x), ggu(gate_up);
+  Acts gx(x), ggu(gate_up);
   Dev<float> ggain(gain), ghead(head), rstd(140);
   std::vector<Floats> first;
   for (int R : counts) {
     GpuQ codes(140, C, 1, 8), values(140, C, 0.3f, 8), floats(140, C, 1, 0), u(140, F, 1, 8);
-    Act normed(140 * (size_t)C), a(140 * 48), b(140 * 48), c(140 * 48), logits(140 * (size_t)V);
+    Acts normed(140 * (size_t)C), a(140 * 48), b(140 * 48), c(140 * 48), logits(140 * (size_t)V);
     reserve_scratch((size_t)R, 100, 100);
     rmsnorm_forward(normed.p, rstd.p, gx.p, ggain.p, R, C, 1e-5f);
     rmsnorm_quant_forward(&codes.q, rstd.p, gx.p, ggain.p, R, C, 1e-5f);
@@ -934,14 +948,14 @@ static void test_packed_documents(void) {
   for (int i = 0, t = 0; i < 4; i++) {
     for (int end = t + lengths[i], s = t; t < end; t++) start[(size_t)t] = s;
   }
-  Act gqkv(qkv), out((size_t)T * O);
+  Acts gqkv(qkv), out((size_t)T * O);
   Dev<float> lse((size_t)T * NH);
   Dev<int> gstart(start);
   attention_forward(out.p, lse.p, gqkv.p, gstart.p, 1, T, NH, NKV, HS, PRECISION_FP32);
   Floats packed = out.out();
   for (int i = 0, t = 0; i < 4; t += lengths[i++]) {
     size_t n = (size_t)lengths[i];
-    Act alone(Floats(qkv.begin() + (long)t * QKV, qkv.begin() + (long)(t + lengths[i]) * QKV)), result(n * O);
+    Acts alone(Floats(qkv.begin() + (long)t * QKV, qkv.begin() + (long)(t + lengths[i]) * QKV)), result(n * O);
     Dev<float> log_sums(n * NH);
     Dev<int> zeros(Ints(n, 0));
     attention_forward(result.p, log_sums.p, alone.p, zeros.p, 1, lengths[i], NH, NKV, HS, PRECISION_FP32);
@@ -957,7 +971,7 @@ static void test_repeatable(void) {
   Ints start = document_starts(B, T, 1), tokens = integers((size_t)R, V);
   std::vector<Floats> first;
   for (int run = 0; run < 2; run++) {
-    Act gqkv(qkv), gdout(dout), out((size_t)R * NH * HS), d(n);
+    Acts gqkv(qkv), gdout(dout), out((size_t)R * NH * HS), d(n);
     Dev<float> lse((size_t)R * NH), dwte((size_t)V * C), dgain(C), gain(randoms(C, 0)), rstd((size_t)R);
     Dev<int> gstart(start), gtokens(tokens);
     reserve_scratch((size_t)R, 300, 300);
@@ -1070,6 +1084,7 @@ static const Test TESTS[] = {
     {"bitlinear_forward", "integers equal; mixes; float activations; bias, residual", test_bitlinear_forward},
     {"packed_weights", "2-bit weights: codes, scales, products", test_packed},
     {"bitlinear_backward", "dx, dw, dbias; conversion in pieces", test_bitlinear_backward},
+    {"dx_int8", "the gradient of the input as an integer product", test_dx_int8},
     {"linear", "the classifier, both ways, in pieces", test_linear},
     {"head", "tables of a model that only runs; the largest logit", test_head},
     {"rope", "there and back", test_rope},

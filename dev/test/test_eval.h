@@ -282,7 +282,7 @@ static void test_likelihoods(void) {
     open_model_(&m, &c, PRECISION_FP32, 1, 0, 0, 0);
     model_quantize(&m, c.act_bits ? 1.0f : 0.0f);
     int before[256];
-    for (int i = 0; i < 150; i++) {
+    for (int i = 0; i < (EMULATED ? 50 : 150); i++) {
       int n = i % 20 == 7 ? 2 : 3 + test_below_(i % 10 == 3 ? 150 : 40), keep = i % 4 ? test_below_(n) : 0;
       int *ids = (int *)xmalloc((size_t)n * sizeof(int));
       for (int k = 0; k < n; k++) before[k] = ids[k] = i > 0 && k < keep ? before[k] : test_below_(c.vocab);

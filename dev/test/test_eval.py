@@ -22,6 +22,8 @@ import sys
 import tempfile
 import time
 
+from checks import check, finish
+
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_EVALUATE_OFFLINE="1",
                   TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", LMEVAL_LOG_LEVEL="ERROR")
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -30,14 +32,6 @@ SAME_PREDICTIONS = 0.99   # at least this share of the items
 # Relative difference of a log-probability. Float: sums in another order. Ternary: an activation beside a rounding boundary may become
 # another integer, which moves a logit by far more than a rounding error does.
 LOGP_BOUND = {"float": 5e-6, "ternary": 1e-3, "given": 1e-3}
-passed = failed = 0
-
-
-def check(ok, what):
-    global passed, failed
-    passed, failed = passed + bool(ok), failed + (not ok)
-    if not ok:
-        print("FAIL", what)
 
 
 def run(*args):
@@ -344,8 +338,7 @@ def main():
             t0 = time.time()
             test()
             print(f"{time.time() - t0:6.1f} s", flush=True)
-    print(f"{passed} passed, {failed} failed")
-    sys.exit(failed != 0)
+    finish()
 
 
 if __name__ == "__main__":

@@ -729,8 +729,8 @@ static double f_head_policy(void *arg) {
 }
 
 /*
-Every estimate of the penalty under every reduction, with tokens on both sides of the clipping range and advantages of both signs. The loss
-has a bend at each end of the range; the fixed seed puts no token there.
+Every estimate of the penalty under every reduction, with tokens on both sides of the clipping range and advantages of both signs. The
+loss has a bend at each end of the range; the fixed seed puts no token there.
 */
 static void test_policy_head(void) {
   static const size_t lengths[3] = {5, 3, 2};   // of three answers

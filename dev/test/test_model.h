@@ -132,17 +132,18 @@ static const ModelForm_ model_forms_[] = {
 
 // Two whole steps with 1, 2 and 3 threads: losses, gradients, norm and parameters have the same bits.
 static void test_threads_model(void) {
+  const int runs = EMULATED ? 2 : 3, T = EMULATED ? 90 : 150;   // on a GPU: the same twice
   for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
     const ModelForm_ *form = &model_forms_[f];
     Config c = small_config_(form->style);
     Batch b;
-    random_batch_(&b, 3, 150, c.vocab, 1);
+    random_batch_(&b, 3, T, c.vocab, 1);
     float *params[3], *grads[3];
     double loss[3], norm[3];
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < runs; i++) {
       Model m;
       set_threads_(i + 1);
-      open_model_(&m, &c, form->precision, 3, 150, 0, 0);
+      open_model_(&m, &c, form->precision, 3, T, 0, 0);
       for (int t = 1; t <= 2; t++) {
         model_quantize(&m, form->lambda);
         loss[i] = gradients_(&m, &b, 1.0f / (float)b.n_targets);
@@ -334,8 +335,9 @@ static void test_nan_visible(void) {
       Model m;
       Batch b;
       const float bad = form % 2 ? INFINITY : NAN, lambda = form / 2 ? 1.0f : 0.3f;
-      random_batch_(&b, 1, 20, c.vocab, 0);
-      open_model_(&m, &c, PRECISION_BF16, 1, 20, 0, 0);
+      const int T = EMULATED ? 6 : 20;
+      random_batch_(&b, 1, T, c.vocab, 0);
+      open_model_(&m, &c, PRECISION_BF16, 1, T, 0, 0);
       for (int i = 0; i < m.table.count; i++) {
         const Tensor *t = &m.table.tensors[i];
         float old;
@@ -457,7 +459,7 @@ Two sequences in one cache. A prompt in one call, in pieces of 37 tokens, token 
 logits have the bits of training's forward pass.
 */
 static void test_decode(void) {
-  enum { T = 150 };
+  enum { T = EMULATED ? 70 : 150 };
   static const int pieces[] = {T, 37, 1};
   for (size_t f = 0; f < ARRAY_LEN(model_forms_); f++) {
     const ModelForm_ *form = &model_forms_[f];

@@ -647,7 +647,8 @@ used; values against double. Every row and column has the bits that it has alone
 good as the whole of it.
 */
 static void test_block_product(void) {
-  static const int shapes[][3] = {{1, 1, 1}, {3, 5, 7}, {64, 32, 48}, {5, 33, 64}, {9, 20, 10}, {33, 13, 32}, {6, 64, 33}};   // M, N, K
+  // M, N, K
+  static const int shapes[][3] = {{1, 1, 1}, {3, 5, 7}, {64, 32, 48}, {5, 33, 64}, {9, 20, 10}, {33, 13, 32}, {6, 64, 33}};
   const Kernel *kernels[3] = {fastest_kernel(PRECISION_BF16), &kernel_f32, &kernel_f32};
 #ifdef BITNET_BF16
   kernels[2] = &kernel_bf16;
@@ -656,12 +657,15 @@ static void test_block_product(void) {
     for (int form = 0; form < 24; form++) {   // kernel, then bit 0: left transposed, bit 1: right transposed, bit 2: added to c
       const Kernel *k = kernels[form / 8];
       int precision = k == &kernel_f32 ? form / 8 - 1 : PRECISION_BF16;
-      size_t M = (size_t)shapes[shape][0], N = (size_t)shapes[shape][1], K = (size_t)shapes[shape][2], more = K + 32 * (size_t)(form % 2);
+      size_t M = (size_t)shapes[shape][0], N = (size_t)shapes[shape][1], K = (size_t)shapes[shape][2];
+      size_t more = K + 32 * (size_t)(form % 2);
       size_t rows = padded_to(M, k->mr), ldc = padded_to(N, k->nr);
-      float *a = normals_(M * more, 0, 1), *b = normals_(K * N, 0, 1), *old = normals_(rows * ldc, 0, 1), *c = host_floats_(rows * ldc);
+      float *a = normals_(M * more, 0, 1), *b = normals_(K * N, 0, 1), *old = normals_(rows * ldc, 0, 1);
+      float *c = host_floats_(rows * ldc);
       float *want = host_floats_(M * N), *got = host_floats_(M * N), *alone = host_floats_(k->mr * ldc);
       size_t a_row = form & 1 ? 1 : more, a_col = form & 1 ? M : 1, b_row = form & 2 ? 1 : N, b_col = form & 2 ? K : 1;
-      void *left = dev_memory_(left_bytes(k, M, more)), *put = dev_memory_(left_bytes(k, M, more)), *right = dev_memory_(right_bytes(k, K, N));
+      void *left = dev_memory_(left_bytes(k, M, more)), *put = dev_memory_(left_bytes(k, M, more));
+      void *right = dev_memory_(right_bytes(k, K, N));
       void *one = dev_memory_(left_bytes(k, 1, more));
       kernel_begin(k);
       pack_left(k, left, a, a_row, a_col, M, more, precision);
@@ -699,10 +703,9 @@ static void test_block_product(void) {
 // ---------------------------------------------------------------------------------------------------------
 // BitLinear against its definition in double.
 
-#ifdef BITNET_MATMUL_H
 /*
-dx_int8: dx is the exact product of the weights with codes that the scalar formulas give; another key gives other codes; the mean over many
-keys is the exact gradient; dw is untouched; a NaN is seen.
+dx_int8: dx is the exact product of the weights with codes that the scalar formulas give; another key gives other codes; the mean over
+many keys is the exact gradient; dw is untouched; a NaN is seen.
 */
 static void test_dx_int8(void) {
   enum { R = 37, N = 45, K = 70, KEYS_ = 400 };
@@ -745,7 +748,9 @@ static void test_dx_int8(void) {
     CHECK(same_bits_(read_floats_(dw, N * K), read_floats_(dw_exact, N * K), N * K * sizeof(float)), "dw depends on dx_int8");
     for (size_t i = 0; i < R * K; i++) mean[i] += got[i] / KEYS_;
   }
-  CHECK_CLOSE("mean of dx", mean, dx_exact, R * K, 2e-3);   // a code is off by at most 1 of 127: 0.3 % of dx, a twentieth of it on average
+  // A code is off by at most 1 of 127: 0.3 % of dx, a twentieth of it on average.
+  CHECK_CLOSE("mean of dx", mean, dx_exact, R * K, 2e-3);
+#ifdef BITNET_MATMUL_H
   for (int threads = 1; threads <= 3; threads++) {
     set_threads_(threads);
     w.noise = 77;
@@ -753,13 +758,13 @@ static void test_dx_int8(void) {
     CHECK(same_bits_(read_acts_(dx, R * K), first, R * K * sizeof(float)), "%d threads", threads);
   }
   set_threads_(0);
+#endif
   dy[7] = NAN;
   bitlinear_backward(dx, dw, NULL, dev_acts_(dy, R * N), &q, &w, R);
   float *bad = read_acts_(dx, R * K);
   CHECK(isnan(bad[0]) && isfinite(bad[K]), "a NaN in row 0 gives %g there and %g in row 1", (double)bad[0], (double)bad[K]);
   end_test_();
 }
-#endif
 
 static void test_packed_vs_fake(void) {
   enum { R = 11, N = 37, K = 301 };
@@ -1234,7 +1239,7 @@ static void test_threads_ops(void) {
   op_inputs_(&in);
   set_threads_(1);
   OpResults_ *one = run_ops_(&in, 0, OR_);
-  for (int threads = 2; threads <= 3; threads++) {
+  for (int threads = 2; threads <= (EMULATED ? 2 : 3); threads++) {   // on a GPU: the same once more
     size_t host_mark = n_host_pool_, dev_mark = n_dev_pool_;
     set_threads_(threads);
     OpResults_ *more = run_ops_(&in, 0, OR_);
@@ -1286,7 +1291,6 @@ static void test_rows_alone(void) {
   {"gemm_i8", "int8 x ternary at odd shapes, exact sums", test_gemm_i8},                 \
   {"gemm_i8_twin", "the fast integer kernels and their plain twin", test_gemm_i8_twin},  \
   {"gemm_float", "float products in every form at odd shapes", test_gemm_float},             \
-  {"dx_int8", "gradients of inputs as integer products", test_dx_int8}, \
   {"block_product", "the products of attention at odd shapes", test_block_product},
 #else
 #define CPU_TESTS_
@@ -1300,6 +1304,7 @@ static void test_rows_alone(void) {
   {"schedules", "lambda, learning rate, weight decay", test_schedules},                                       \
   {"fused", "norm + quantise and gate + norm + quantise in one pass", test_fused},                            \
   {"packed_vs_fake", "BitLinear forward and backward against double", test_packed_vs_fake},                   \
+  {"dx_int8", "gradients of inputs as integer products", test_dx_int8},                                       \
   {"cross_entropy", "losses and gradients against double, ignored targets, NaN", test_cross_entropy},         \
   {"attention", "softmax over documents and grouped heads against double", test_attention},                   \
   {"adamw", "five updates against double", test_adamw},                                                       \

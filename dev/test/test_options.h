@@ -13,7 +13,8 @@ Defines:     OPTIONS_TESTS, the rows for the table of tests.
 static void mode_nothing_(Options *o) { (void)o; }
 
 static const Mode test_modes[] = {
-    {"pretrain", "", "", GROUP_MODEL | GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_COMMAND, 1, 0, mode_nothing_},
+    {"pretrain", "", "", GROUP_MODEL | GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_COMMAND, 1, 0,
+     mode_nothing_},
     {"generate", "DIR", "", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_nothing_}};
 
 // Parses a command line given as one string with blanks; a word cannot hold a blank.

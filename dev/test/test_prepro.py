@@ -18,6 +18,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.join(ROOT, "prepro"))
 import common  # noqa: E402
+from checks import check, finish  # noqa: E402
 
 READER = r"""
 #include "dataloader.h"
@@ -35,15 +36,7 @@ int main(int argc, char **argv) {
   return 0;
 }
 """
-passed = failed = 0
 reader = ""
-
-
-def check(ok, what):
-    global passed, failed
-    passed, failed = passed + bool(ok), failed + (not ok)
-    if not ok:
-        print("FAIL", what)
 
 
 def script(name, *args, code=0, words=(), env=None):
@@ -303,8 +296,7 @@ def main():
             t0 = time.time()
             test(folder)
             print(f"{test.__name__:20} {time.time() - t0:6.1f} s", flush=True)
-    print(f"{passed} passed, {failed} failed")
-    sys.exit(failed != 0)
+    finish()
 
 
 if __name__ == "__main__":

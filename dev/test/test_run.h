@@ -1,8 +1,8 @@
 /*
 test_run.h: tests of whole runs: what a user starts, stops, kills, resumes and damages.
 
-What it is:  most tests start the program itself (./train_bitnet, or the one that BITNET_BINARY names) on tiny models; those that break a
-             single write operation call checkpoint_save in a child process.
+What it is:  most tests start the program itself (./train_bitnet, or the one that BITNET_BINARY names) on tiny models; those that break
+             a single write operation call checkpoint_save in a child process.
 Read before: check.h, bitnet/trainer.h, bitnet/checkpoint.h.
 Defines:     RUN_TESTS, the rows for the table of tests.
 */
@@ -242,7 +242,8 @@ static void test_run_signal(void) {
   snprintf(
       line, sizeof line,
       "%s " TINY
-      "run_dir=%s steps=100000 >%s/out 2>%s/err & p=$!; while kill -0 $p && ! grep -qs 'step *3' %s/err; do sleep 0.05; done; kill -TERM $p; wait $p",
+      "run_dir=%s steps=100000 >%s/out 2>%s/err & p=$!; "
+      "while kill -0 $p && ! grep -qs 'step *3' %s/err; do sleep 0.05; done; kill -TERM $p; wait $p",
       binary_(), base, base, base, base);
   fflush(NULL);
   int status = system(line);
@@ -438,6 +439,31 @@ static void test_damaged_files(void) {
   saver_close_(&s);
 }
 
+// The total of the memory table that a dry run with this batch prints, MB; run_out holds all of it.
+static double dry_total_(int batch, const char *options) {
+  double mb = -1;
+  int code = program_("", TINY "seq_len=4096 dry_run=1 batch_size=%d %s", batch, options);
+  const char *at = strstr(run_out, "  total ");
+  CHECK(code == 0 && at && sscanf(at, " total %lf", &mb) == 1, "dry run: exit code %d, %s%s", code, run_out, run_err);
+  return mb;
+}
+
+// The largest batches that a dry run names: each fits into the memory that is said to be free, and one row more does not.
+static void test_dry_run(void) {
+  int batch[2] = {0, 0};
+  double there = 0;
+  dry_total_(1, "");
+  const char *at = strstr(run_out, "largest");
+  int n = at ? sscanf(at, "largest batch_size %d, with recompute=1 %d: %lf", &batch[0], &batch[1], &there) : 0;
+  CHECK(n == 3 && batch[0] > 0 && batch[1] > batch[0], "%s", run_out);
+  for (int r = 0; r < 2 && n == 3; r++) {
+    const char *option = r ? "recompute=1" : "";
+    double fits = dry_total_(batch[r], option), fails = dry_total_(batch[r] + 1, option);
+    CHECK(fits <= there + 0.1 && fails >= there - 0.1, "batch %d takes %.1f MB, one more %.1f, free %.1f", batch[r], fits, fails,
+          there);
+  }
+}
+
 // Wrong command lines of the real program: exit code and message.
 static void test_run_errors(void) {
   static const struct {
@@ -478,6 +504,7 @@ static void test_run_errors(void) {
   {"run_resume", "stopped at any step and resumed = never stopped", test_run_resume},                          \
   {"run_signal", "SIGTERM saves, the run goes on", test_run_signal},                                           \
   {"run_not_finite", "exploding numbers stop the run with a message", test_run_not_finite},                    \
+  {"dry_run", "the largest batch that fits", test_dry_run},                                                    \
   {"run_errors", "wrong input: exit code and message of the program", test_run_errors},                        \
   {"save_faults", "any failing or last write of a save leaves a loadable checkpoint", test_save_faults},       \
   {"damaged_files", "flipped bits, cut and missing files are refused", test_damaged_files}

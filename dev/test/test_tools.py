@@ -22,15 +22,7 @@ import cost  # noqa: E402
 import follow  # noqa: E402
 import runlog  # noqa: E402
 import status  # noqa: E402
-
-passed = failed = 0
-
-
-def check(ok, what):
-    global passed, failed
-    passed, failed = passed + bool(ok), failed + (not ok)
-    if not ok:
-        print("FAIL", what)
+from checks import check, finish  # noqa: E402
 
 
 def tool(name, *args, code=0, words=(), limit=120):
@@ -301,8 +293,7 @@ def main():
             os.makedirs(folder)
             test(folder) if test.__code__.co_argcount else test()
             print(test.__name__, flush=True)
-    print(f"{passed} passed, {failed} failed")
-    sys.exit(failed != 0)
+    finish()
 
 
 if __name__ == "__main__":
