@@ -43,9 +43,13 @@ def setting(options, key, default=""):
 
 
 def untrained(args, lam):
-    """Held-out loss of the model as it is."""
-    data = [f"data={v}"] if (v := setting(args.options, "val_data")) else [o for o in args.options if o.startswith("arith_")]
-    keep = [o for o in args.options if o.split("=")[0] in ("eval_problems", "eval_batches", "precision", "threads")]
+    """Held-out loss of the model as it is, on the batches that the runs are evaluated on."""
+    data = [o for o in args.options if o.startswith("arith_")]
+    if v := setting(args.options, "val_data"):
+        said = call(args, "pretrain", *args.options, f"init={args.model}", "dry_run=1")
+        run = json.JSONDecoder().raw_decode(said)[0]
+        data = [f"data={v}", f"seq_len={run['seq_len']}", f"batch_size={run['batch_size']}", f"eval_batches={run['eval_batches']}"]
+    keep = [o for o in args.options if o.split("=")[0] in ("eval_problems", "precision", "threads")]
     out = call(args, "eval", args.model, f"lambda={lam}", *data, *keep)
     loss = re.search(r"val_loss (\S+)", out)
     if loss is None:
