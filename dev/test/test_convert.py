@@ -388,6 +388,38 @@ def test_i2s(tmp):
             check(abs(tensors[f"blk.1.{mine}.weight"][1] - scale) <= 1e-6 * scale, f"{out}: {mine}: scale")
 
 
+def test_calibrate(tmp):
+    """Gains of inserted sub-norms: the mean size of what reaches the projection, as transformers' own network has it on the same windows."""
+    import tokenizers
+    text = open(__file__, encoding="utf-8").read()[:6000]
+    tok = tokenizers.ByteLevelBPETokenizer()
+    tok.train_from_iterator([text], vocab_size=300, min_frequency=2)
+    path = make("calibrated", f"{tmp}/calibrate", "Llama", tie_word_embeddings=True, vocab_size=320)
+    tok.save(f"{path}/tokenizer.json")
+    open(f"{tmp}/text.txt", "w", encoding="utf-8").write(text)
+    args = [f"init={path}", f"file={tmp}/text.txt", "attn_sub_norm=1", "ffn_sub_norm=1", "lambda=0", "precision=fp32"]
+    far = []
+    for calibrate in (0, 2):
+        run("convert", *args, f"out={tmp}/gains{calibrate}", f"calibrate={calibrate}")
+        far.append(error(logits(f"{tmp}/gains{calibrate}", IDS, "lambda=0"), logits(path, IDS, "lambda=0")))
+    check(far[1] < far[0] / 2, f"logits differ from the model's by {far[0]:.2e} with gain 1, by {far[1]:.2e} with measured gains")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    rms = {}
+    for i, layer in enumerate(model.model.layers):
+        for name, module in ((f"{i}.self_attn.attn_sub_norm", layer.self_attn.o_proj), (f"{i}.mlp.ffn_sub_norm", layer.mlp.down_proj)):
+            module.register_forward_pre_hook(lambda _, x, name=name: rms.setdefault(name, []).append(x[0].pow(2).mean(-1).sqrt().flatten()))
+    ids = tok.encode(text).ids
+    T, rows = 128, 4
+    check(len(ids) > 2 * rows * T, f"{len(ids)} tokens are too few")
+    with torch.no_grad():
+        model(torch.tensor(ids[:2 * rows * T]).view(-1, T))
+    gains = load_file(f"{tmp}/gains2/model.safetensors")
+    for name, parts in rms.items():
+        want, got = torch.cat(parts).mean().item(), gains[f"model.layers.{name}.weight"]
+        check((got == got[0]).all() and abs(got[0].item() - want) <= FLOAT_BOUND * want, f"{name}: gain {got[0].item()}, measured {want}")
+    check(len(rms) == 4, "all four norms")
+
+
 VOCABULARIES = {"gpt2": "gpt-2", "llama3": "llama-bpe", "qwen2": "qwen2", "llama2": "llama-spm", "smollm2": None}   # None: Hugging Face's ids
 
 
@@ -542,7 +574,7 @@ def main():
     if llama is None:
         print("note: llama.cpp is not installed (pip install xllamacpp); its part is left out")
     with tempfile.TemporaryDirectory() as tmp:
-        for test in (test_float, test_ternary_gguf, test_i2s, test_types, test_packed, test_vocabularies):
+        for test in (test_float, test_ternary_gguf, test_i2s, test_calibrate, test_types, test_packed, test_vocabularies):
             if args.only and test.__name__.removeprefix("test_") not in args.only:
                 continue
             before = failed
