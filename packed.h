@@ -58,7 +58,7 @@ static size_t packed_bytes(size_t N, size_t K) {
 }
 
 /*
-One byte of each vector of a unit: fields (=) [UNIT_INDICES] bytes of FIELDS codes (0, 1, 2), two bits each; and back. Of the eight
+One byte of each vector of a unit: fields (=) [UNIT_INDICES] bytes of FIELDS codes (0, 1, 2), two bits each. Of the eight
 indices 0..4 are the low five bits of bytes 0..4; the fifteen bits above hold the other three:
         byte 0       byte 1       byte 2       byte 3                        byte 4
         5: bits 0-2  6: bits 0-2  7: bits 0-2  5: bits 3-4, then 7: bit 3    6: bits 3-4, then 7: bit 4
@@ -79,31 +79,49 @@ static void unit_get(uint8_t *fields, const uint8_t *unit) {
 #endif
 }
 
-static void unit_set(uint8_t *unit, const uint8_t *fields) {
+// Every byte of x shifted down by n; what comes in from the byte above is cut off.
+static uint32_t bytes_down(uint32_t x, int n) {
+  return x >> n & (0xffu >> n) * 0x01010101u;
+}
+
+/*
+Four neighbouring bytes of each vector of a unit, from its codes [UNIT_K]. Four codes are worked on at once, as the bytes of a word: no byte
+ever exceeds 255, so none reaches into the next.
+*/
+static void unit_set(uint8_t *unit, const int8_t *codes) {
+  uint32_t bytes[UNIT_INDICES], c;
+  for (int i = 0; i < UNIT_INDICES; i++) {
+    bytes[i] = 0;
+    for (int f = FIELDS - 1; f >= 0; f--) {
+      memcpy(&c, codes + 4 * (i * FIELDS + f), 4);
+      c = ((c & 0x03030303u) + 0x01010101u) & 0x03030303u;   // -1, 0, 1 to 0, 1, 2
 #ifdef BITNET_THIRDS
-  unsigned index[8];
-  for (int i = 0; i < 8; i++) index[i] = (fields[i] & 3u) + (fields[i] >> 2 & 3u) * 3 + (fields[i] >> 4 & 3u) * 9;
-  unsigned high[5] = {index[5] & 7, index[6] & 7, index[7] & 7, index[5] >> 3 | (index[7] >> 3 & 1) << 2,
-                      index[6] >> 3 | index[7] >> 4 << 2};
-  for (int i = 0; i < 5; i++) unit[64 * i] = (uint8_t)(index[i] | high[i] << 5);
+      bytes[i] = 3 * bytes[i] + c;
 #else
-  unit[0] = fields[0];
+      bytes[i] = bytes[i] << 2 | c;
 #endif
+    }
+  }
+#ifdef BITNET_THIRDS
+  const uint32_t three = 0x07070707u, *x = bytes;
+  uint32_t high[5] = {x[5] & three, x[6] & three, x[7] & three, bytes_down(x[5], 3) | (bytes_down(x[7], 3) & 0x01010101u) << 2,
+                      bytes_down(x[6], 3) | bytes_down(x[7], 4) << 2};
+  for (int i = 0; i < 5; i++) bytes[i] |= high[i] << 5;
+#endif
+  for (int i = 0; i < UNIT_VECTORS; i++) memcpy(unit + 64 * i, &bytes[i], 4);
 }
 
 // Row n of packed (=) from K codes in {-1,0,1}. Rows share no bytes.
 static void packed_set_row(uint8_t *packed, size_t n, const int8_t *codes, size_t K) {
   size_t units = packed_units(K);
   uint8_t *out = packed + n / I8_WIDTH * units * UNIT_BYTES + n % I8_WIDTH * 4;
-  for (size_t u = 0; u < units; u++, out += UNIT_BYTES) {
-    for (size_t j = 0; j < 4; j++) {
-      uint8_t fields[UNIT_INDICES] = {0};
-      for (size_t i = 0; i < UNIT_INDICES * FIELDS; i++) {
-        size_t k = u * UNIT_K + 4 * i + j;
-        if (k < K) fields[i / FIELDS] |= (uint8_t)((codes[k] + 1) << (2 * (i % FIELDS)));
-      }
-      unit_set(out + j, fields);
+  int8_t last[UNIT_K];
+  for (size_t k = 0; k < K; k += UNIT_K, out += UNIT_BYTES) {
+    if (K - k < UNIT_K) {   // behind the end: whatever, it meets activations of 0
+      memset(last, -1, sizeof last);
+      memcpy(last, codes + k, K - k);
     }
+    unit_set(out, K - k < UNIT_K ? last : codes + k);
   }
 }
 

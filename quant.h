@@ -154,17 +154,19 @@ UNUSED static void pack4(uint8_t *packed, const int8_t *codes, size_t out, size_
 // codes (=) [out, in]. Returns 1, or 0 if a byte holds the code 3, which no packer writes: the data are damaged.
 UNUSED static int unpack4(int8_t *codes, const uint8_t *packed, size_t out, size_t in) {
   size_t R = out / 4;
-  int ok = 1;
+  int three = 0;
   for (size_t r = 0; r < R; r++) {
-    for (size_t c = 0; c < in; c++) {
-      for (size_t i = 0; i < 4; i++) {
-        int code = (packed[r * in + c] >> (2 * i) & 3) - 1;
-        if (code == 2) ok = 0;
-        codes[(i * R + r) * in + c] = (int8_t)code;
+    const uint8_t *bytes = packed + r * in;
+    for (size_t i = 0; i < 4; i++) {
+      int8_t *to = codes + (i * R + r) * in;
+      for (size_t c = 0; c < in; c++) {
+        int code = bytes[c] >> (2 * i) & 3;
+        three |= code & code >> 1;
+        to[c] = (int8_t)(code - 1);
       }
     }
   }
-  return ok;
+  return !three;
 }
 
 #endif

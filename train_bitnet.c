@@ -119,7 +119,10 @@ void *dev_malloc(size_t bytes) {
   // Pages of 2 MB where the kernel has them: reading a large model through pages of 4 KB costs up to a third of the memory's speed.
   if (p && rounded >= (size_t)8 << 20) madvise(p + (4096 - (uintptr_t)p % 4096) % 4096, rounded - 4096, MADV_HUGEPAGE);
 #endif
-  if (p) memset(p, 0, rounded);
+  if (p == NULL) return NULL;
+  size_t block = (size_t)2 << 20, blocks = (rounded + block - 1) / block;
+#pragma omp parallel for schedule(static) if (blocks > 8)   // the first touch of a page costs more than writing to it
+  for (size_t i = 0; i < blocks; i++) memset(p + i * block, 0, rounded - i * block < block ? rounded - i * block : block);
   return p;
 }
 
@@ -591,8 +594,8 @@ static void pack_part(BitWeight *w, int part, const float *master, const int8_t 
 #pragma omp parallel for schedule(static)
   for (size_t i = 0; i < rows; i++) {
     int8_t *row = copies + (size_t)thread_index() * (K / sizeof(float) + 1) * sizeof(float);
-    for (size_t k = 0; k < K; k++) row[k] = codes ? codes[i * K + k] : (int8_t)ternary_code(master[i * K + k], inverse);
-    packed_set_row((uint8_t *)w->data, first + i, row, K);
+    for (size_t k = 0; k < K && !codes; k++) row[k] = (int8_t)ternary_code(master[i * K + k], inverse);
+    packed_set_row((uint8_t *)w->data, first + i, codes ? codes + i * K : row, K);
     w->gamma[first + i] = gamma;
   }
 }

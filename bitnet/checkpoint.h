@@ -314,6 +314,7 @@ static void load_rows_(Head *h, const ModelSource *s, int i, float *device, floa
     source_floats(s, i, host, v * C, n * C);
     dev_copy_in(device, host, n * C * sizeof(float));
     head_rows(h, device, (int)v, (int)n);
+    source_release(s, i);   // so that table and file are never both in memory
   }
 }
 

@@ -255,7 +255,7 @@ static const char *const option_aliases[][2] = {
 static const char *const option_mode_aliases[][3] = {{"grpo", "max_length", "max_new"}, {"grpo", "max_completion_length", "max_new"}};
 
 /*
-Presets. The arithmetic recipe was chosen by measurement (dev/LOG.md). The sizes from 125m up follow the published shapes; learning
+Presets. The recipes arithmetic and finetune were chosen by measurement (dev/LOG.md). The sizes from 125m up follow the published shapes; learning
 rates and warm-up of 125m .. 7b are the usual ones for such models, the batch in tokens is reached with grad_accum.
 */
 typedef struct {
@@ -268,6 +268,8 @@ static const Preset presets[] = {
      "init_std=0.1 save_every=400"},
     {"simple", "100 steps of arithmetic with a small batch: does everything work here?",
      "dim=128 layers=3 heads=4 ffn_dim=384 steps=100 batch_size=64 lr=4e-3 warmup_steps=10 lambda_warmup_frac=0.2 min_lr=0 init_std=0.1"},
+    {"finetune", "makes a pretrained model ternary: init=MODEL data=; the default with init=. lr: see modes/pretrain.h",
+     "steps=1000 batch_size=16 warmup_steps=50 weight_decay=0 lambda_schedule=warmup lambda_warmup_frac=0.4 save_every=500 eval_every=100"},
     {"tinystories", "12M parameters for TinyStories or a text of your own; give data=",
      "dim=384 layers=6 heads=8 kv_heads=4 ffn_dim=1152 seq_len=256 steps=5000 batch_size=16 grad_accum=2 lr=1.5e-3 "
      "lr_schedule=two_stage warmup_steps=250 "
@@ -594,8 +596,8 @@ UNUSED static void options_help(const Mode *modes, size_t n_modes, const Mode *m
 
 /*
 Reads the command line into o and returns the mode. Bare words are, in this order: a mode (first word only), a preset, a directory. The
-default mode is modes[0]; a mode with presets and none named takes its first, unless resume= or config= was given. Errors exit 2,
---help prints and exits 0.
+default mode is modes[0]; a mode with presets and none named takes its first (pretrain with init=: finetune), unless resume= or config=
+was given. Errors exit 2, --help prints and exits 0.
 */
 UNUSED static const Mode *options_parse(Options *o, int argc, char **argv, const Mode *modes, size_t n_modes) {
   const Mode *mode = &modes[0];
@@ -673,7 +675,10 @@ UNUSED static const Mode *options_parse(Options *o, int argc, char **argv, const
     json_free(&doc);
     free(text);
   }
-  if (preset == NULL && mode->presets && o->resume[0] == 0 && o->config[0] == 0) preset = preset_lists[mode->presets].list;
+  if (preset == NULL && mode->presets && o->resume[0] == 0 && o->config[0] == 0) {
+    if (o->init[0]) preset = preset_in_(mode->presets, "finetune");
+    if (preset == NULL) preset = preset_lists[mode->presets].list;
+  }
   if (preset) preset_apply_(o, preset);
   return mode;
 }

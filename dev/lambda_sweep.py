@@ -10,7 +10,8 @@ lambda = 1 from the first step, `warmup` a linear rise over lambda_warmup_frac o
 lambda = 1, which is what would be served. Two rows need no training: the float model (lambda = 0), and the same weights made ternary at
 once. Samples are continued before and after.
 
-Written to --out: table.txt, sweep.json, samples.txt, curves.png (with matplotlib), and the run folders.
+Written to --out: table.txt, sweep.json, samples.txt, curves.png (with matplotlib), and the run folders. The same command again goes on with
+a sweep that was interrupted.
 """
 import argparse
 import glob
@@ -43,9 +44,11 @@ def setting(options, key, default=""):
 
 
 def untrained(args, lam):
-    """Held-out loss of the model as it is."""
-    data = [f"data={v}"] if (v := setting(args.options, "val_data")) else [o for o in args.options if o.startswith("arith_")]
-    keep = [o for o in args.options if o.split("=")[0] in ("eval_problems", "eval_batches", "precision", "threads")]
+    """Held-out loss of the model as it is, on the batches that the runs are evaluated on."""
+    data, run = [o for o in args.options if o.startswith("arith_")], args.run
+    if v := run["val_data"]:
+        data = [f"data={v}", f"seq_len={run['seq_len']}", f"batch_size={run['batch_size']}", f"eval_batches={run['eval_batches']}"]
+    keep = [o for o in args.options if o.split("=")[0] in ("eval_problems", "precision", "threads")]
     out = call(args, "eval", args.model, f"lambda={lam}", *data, *keep)
     loss = re.search(r"val_loss (\S+)", out)
     if loss is None:
@@ -54,7 +57,12 @@ def untrained(args, lam):
 
 
 def train(args, schedule, seed):
-    """(held-out loss, [(step, loss)], run folder)."""
+    """(held-out loss, [(step, loss)], run folder). A run that an interrupted sweep has finished is not done again."""
+    for run in glob.glob(f"{args.out}/runs/{schedule}_{seed}_*"):
+        steps, evals, _ = runlog.read_log(run)
+        if evals and evals[-1]["step"] == args.steps:
+            curve = runlog.numbers(evals, "val_loss")
+            return curve[-1][1], curve, run
     out = call(args, "pretrain", *args.options, f"init={args.model}", f"lambda_schedule={schedule}", f"seed={seed}", f"run_dir={args.out}/runs",
                f"name={schedule}_{seed}")
     m = DONE.search(out)
@@ -128,27 +136,35 @@ def main():
         runlog.fail(f"{taken[0]}: the sweep sets this option itself")
     if not os.path.isfile(args.binary):
         runlog.fail(f"there is no program {args.binary}; build it with make train_bitnet, or name it with --binary")
-    if glob.glob(f"{args.out}/runs/*"):
-        runlog.fail(f"{args.out} holds the runs of another sweep; take another --out, or delete it")
     os.makedirs(args.out, exist_ok=True)
     if args.quick:
         args.model, args.options = args.model or quick_model(args), QUICK + args.options
         args.tokens = min(args.tokens, 4)
+    # What the runs will have in common, written out; an interrupted sweep can go on only with the same.
+    said = call(args, "pretrain", *args.options, f"init={args.model}", "dry_run=1")
+    args.run = json.JSONDecoder().raw_decode(said)[0]
+    args.steps, mine = args.run["steps"], f"{args.out}/options.json"
+    common = {k: v for k, v in args.run.items() if k not in ("eval_every", "log_every", "run_dir", "name")}
+    if glob.glob(f"{args.out}/runs/*") and (not os.path.isfile(mine) or json.load(open(mine)) != common):
+        runlog.fail(f"{args.out} holds the runs of another sweep; take another --out, or delete it")
+    with open(mine, "w") as f:
+        json.dump(common, f, indent=1)
     arithmetic = setting(args.options, "data", "arithmetic") == "arithmetic"
     args.prompt = args.prompt or (["12+34=", "60-7="] if arithmetic else ["Once upon a time"])
 
     before, at_once = untrained(args, 0), untrained(args, 1)
     texts = [("float, before", sample(args, args.model, 0)), ("ternary at once", sample(args, args.model, 1))]
     rows, curves, runs = [("float, before", [before]), ("ternary at once", [at_once])], {}, {}
-    for schedule in args.schedules:
-        losses, curves[schedule], runs[schedule] = [], [], []
-        for seed in range(1, args.seeds + 1):
+    losses = {schedule: [] for schedule in args.schedules}
+    for seed in range(1, args.seeds + 1):   # one seed of every schedule first: what an interrupted sweep has can be compared
+        for schedule in args.schedules:
             loss, curve, run = train(args, schedule, seed)
-            losses.append(loss)
-            curves[schedule].append([(0, at_once)] + curve)
-            runs[schedule].append(run)
+            losses[schedule].append(loss)
+            curves.setdefault(schedule, []).append([(0, at_once)] + curve)
+            runs.setdefault(schedule, []).append(run)
             print(f"{schedule}, seed {seed}: held-out perplexity {exp(loss):.3f}", file=sys.stderr, flush=True)
-        rows.append((schedule, losses))
+    rows += losses.items()
+    for schedule in args.schedules:
         texts.append((f"after {schedule}", sample(args, runs[schedule][0], 1)))
 
     trained = {name: sum(v) / len(v) for name, v in rows[2:]}

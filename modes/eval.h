@@ -2,7 +2,7 @@
 eval.h: measuring a model on data that it was not trained on.
 
 What it is:  ./train_bitnet eval DIR                      arithmetic: loss and exact match on held-out problems
-             ./train_bitnet eval DIR data=data/val_*.bin  token shards: loss
+             ./train_bitnet eval DIR data=data/val_*.bin  token shards: loss (the data of a run: its seq_len=, batch_size=, eval_batches=)
              ./train_bitnet eval DIR task=NAME file=FILE  benchmarks and question sets: eval_tasks.h, eval_qa.h
              and the Evaluation that pretraining runs every eval_every steps, which is the same code.
 What not:    no text-file perplexity (perplexity.h).
@@ -211,7 +211,8 @@ UNUSED static void mode_eval(Options *o) {
   load_to_run(&m, dir, o->precision, (float)o->lambda);
   checkpoint_tokenizer(&tok, dir);
   int T = o->seq_len > 0 && o->seq_len < m.c.max_seq ? o->seq_len : m.c.max_seq;
-  model_alloc_batch(&m, is_arithmetic(o) ? 128 : 8, T, 1, m.frozen);
+  int rows = options_is_set(o, "batch_size") == FROM_USER ? o->batch_size : is_arithmetic(o) ? 128 : 8;
+  model_alloc_batch(&m, rows, T, 1, m.frozen);
   evaluation_open(&e, o, &m, &tok,
                   is_arithmetic(o)                                                ? ""
                   : options_is_set(o, "data") == FROM_USER || o->val_data[0] == 0 ? o->data

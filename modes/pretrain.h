@@ -4,12 +4,18 @@ pretrain.h: training on next tokens, from random weights or from a model directo
 What it is:  turns options into a model, data and hooks, and hands them to the loop.
 Read before: bitnet/options.h, bitnet/trainer.h, dataloader.h, modes/eval.h.
 Defines:     mode_pretrain.
+
+The learning rate of the preset finetune. A ternary matrix is blind to the scale of its master weights, so what counts is the step
+relative to their size: models come with a mean |W| from 0.01 (large ones) to 0.15, and a fixed rate would be too much for one and
+nothing for the other. Without lr= the rate is FINETUNE_STEP times the mean |W| of the matrices.
 */
 #ifndef MODE_PRETRAIN_H
 #define MODE_PRETRAIN_H
 
 #include "../bitnet/trainer.h"
 #include "eval.h"
+
+#define FINETUNE_STEP 0.05   // dev/LOG.md: 0.02 and 0.1 lose more
 
 typedef struct {
   DataLoader loader;
@@ -154,6 +160,23 @@ static void pretrain_dry_run_(const Options *o, const Config *c, int codes_only)
   strbuf_free(&b);
 }
 
+// The rate for a model whose matrices are to become ternary, with two digits.
+static double pretrain_finetune_lr_(const Model *m) {
+  double sum = 0, count = 0;
+  char digits[32];
+  float *host = (float *)xmalloc(largest_tensor_(&m->table) * sizeof(float));
+  for (int i = 0; i < m->table.count; i++) {
+    const Tensor *t = &m->table.tensors[i];
+    if (!(t->flags & TERNARY)) continue;
+    dev_copy_out(host, m->params + t->offset, t->n * sizeof(float));
+    for (size_t k = 0; k < t->n; k++) sum += fabs((double)host[k]);
+    count += (double)t->n;
+  }
+  free(host);
+  snprintf(digits, sizeof digits, "%.1e", FINETUNE_STEP * sum / count);
+  return strtod(digits, NULL);
+}
+
 // The head of the progress output: what is trained on what.
 static void pretrain_introduce_(const Pretrain *p, const Model *m, const char *run) {
   const Config *c = &m->c;
@@ -206,6 +229,7 @@ UNUSED static void mode_pretrain(Options *o) {
     pretrain_check_memory_(o, &c, codes_only, 1);
     if (from[0]) {
       model_load(&m, from, o->precision);
+      if (!o->resume[0] && strcmp(o->preset, "finetune") == 0 && !options_is_set(o, "lr")) o->lr = pretrain_finetune_lr_(&m);
     } else {
       model_open(&m, &c, o->precision);
       model_init_random(&m, (uint64_t)o->seed);

@@ -406,47 +406,130 @@ static void test_packed_refuses(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Real models, where they are: BITNET_DATA/models with expected.json and BITNET_DATA/text.
+// Real models, where they are: BITNET_DATA has models/ with expected.json, text/ and tokenizers/; BITNET_SMOLLM2 is a GGUF file.
 
-// Loss and greedy texts of a model as expected.json has them, at lambda; bound: relative, of the loss.
-static void check_expected_(const char *data, const Json *want, const char *file, float lambda, double bound) {
-  char path[4096];
-  Model m;
+// The numbers of a JSON array into ids; how many.
+static int expected_ids_(int *ids, int cap, const Json *list) {
+  int n = 0;
+  for (const Json *v = list ? list->child : NULL; v && n < cap; v = v->next) ids[n++] = (int)v->i;
+  return n;
+}
+
+// Sum over the ids behind the first of -log p, in double.
+static double expected_loss_(Model *m, const int *ids, int n) {
   Session s;
-  int n = 0, ids[600], seq[600] = {0}, pos[600], out[64];
-  snprintf(path, sizeof path, "%s/models/%s", data, file);
-  load_to_run(&m, path, PRECISION_FP32, lambda);
-  for (const Json *v = json_get(want, "first_story_ids")->child; v && n < 600; v = v->next) {
-    pos[n] = n;
-    ids[n++] = (int)v->i;
-  }
-  session_open(&s, &m, 1, m.c.max_seq, n, m.frozen);
+  double nll = 0;
+  int *seq = (int *)xcalloc((size_t)n, sizeof(int)), *pos = (int *)xcalloc((size_t)n, sizeof(int));
+  for (int i = 0; i < n; i++) pos[i] = i;
+  session_open(&s, m, 1, n, n, m->frozen);
   const float *z = session_forward(&s, ids, seq, pos, n);
-  double nll = 0, top = json_get_number(json_get(want, "stories")->child, "nll_sum", 0);
-  for (int i = 0; i + 1 < n; i++, z += m.c.vocab) {
+  for (int i = 0; i + 1 < n; i++, z += m->c.vocab) {
     double most = (double)z[0], sum = 0;
-    for (int v = 1; v < m.c.vocab; v++) most = (double)z[v] > most ? (double)z[v] : most;
-    for (int v = 0; v < m.c.vocab; v++) sum += exp((double)z[v] - most);
+    for (int v = 1; v < m->c.vocab; v++) most = (double)z[v] > most ? (double)z[v] : most;
+    for (int v = 0; v < m->c.vocab; v++) sum += exp((double)z[v] - most);
     nll += most + log(sum) - (double)z[ids[i + 1]];
   }
-  CHECK(fabs(nll - top) <= bound * top, "%s: loss of the first story %.4f, expected %.4f", file, nll, top);
   session_free(&s);
-  session_open(&s, &m, 1, m.c.max_seq, 16, m.frozen);
+  free(seq);
+  free(pos);
+  return nll;
+}
+
+// The greedy ids behind a prompt.
+static void expected_greedy_(Model *m, const Json *prompt, const Json *text, const char *what) {
+  int ids[600], out[64], n = expected_ids_(ids, 600, prompt), want = (int)text->count;
+  Session s;
   Prompt p;
   Sampler greedy;
   memset(&p, 0, sizeof p);
   memset(&greedy, 0, sizeof greedy);
-  n = 0;
-  for (const Json *v = json_get(want, "prompt_ids")->child; v; v = v->next) ids[n++] = (int)v->i;
   p.ids = ids;
   p.n_ids = n;
   p.out = out;
-  const Json *text = json_get(want, "greedy_ids");
-  generate(&s, &greedy, &p, 1, (int)text->count, -1, m.c.vocab, NULL, NULL);
+  CHECK(n > 0 && want > 0 && want <= 64, "%s: %d prompt ids, %d greedy ids", what, n, want);
+  session_open(&s, m, 1, n + want, n, m->frozen);
+  generate(&s, &greedy, &p, 1, want, -1, m->c.vocab, NULL, NULL);
   n = 0;
   for (const Json *v = text->child; v; v = v->next, n++)
-    CHECK(out[n] == (int)v->i, "%s: greedy token %d is %d, expected %d", file, n, out[n], (int)v->i);
+    CHECK(out[n] == (int)v->i, "%s: greedy token %d is %d, expected %d", what, n, out[n], (int)v->i);
   session_free(&s);
+}
+
+/*
+A model of llama2.c as expected.json has it, at lambda: the loss of each of the first ten stories of the text file, whose ids our
+tokenizer finds, and the greedy ids. bound: relative, of a story's loss.
+*/
+static void check_expected_(const char *data, const Json *want, const char *file, float lambda, double bound) {
+  char path[4096];
+  Model m;
+  Tokenizer tok;
+  size_t len;
+  int number = 0, ids[520], first[600];
+  snprintf(path, sizeof path, "%s/tokenizers/tok512.bin", data);
+  tokenizer_load(&tok, path);
+  snprintf(path, sizeof path, "%s/text/tinystories.txt", data);
+  char *text = read_file(path, &len), *at = text;
+  CHECK(text, "%s", path);
+  snprintf(path, sizeof path, "%s/models/%s", data, file);
+  load_to_run(&m, path, PRECISION_FP32, lambda);
+  for (const Json *story = json_get(want, "stories")->child; story && at; story = story->next, number++) {
+    char *end = strstr(at, "<|endoftext|>");
+    while (end > at && isspace((unsigned char)end[-1])) end--;
+    size_t all = tokenizer_encode(&tok, at, (size_t)(end - at), ids + 1, 519);
+    int n = 1 + (int)(all < 511 ? all : 511);
+    ids[0] = 1;   // <s>
+    CHECK(n == (int)json_get_number(story, "tokens", 0), "%s: story %d has %d tokens", file, number, n);
+    if (number == 0) {
+      int m0 = expected_ids_(first, 600, json_get(want, "first_story_ids"));
+      CHECK(m0 == n && memcmp(ids, first, (size_t)n * sizeof(int)) == 0, "%s: the ids of the first story", file);
+    }
+    double nll = expected_loss_(&m, ids, n), there = json_get_number(story, "nll_sum", 0);
+    CHECK(fabs(nll - there) <= bound * there, "%s: loss of story %d is %.4f, expected %.4f", file, number, nll, there);
+    at = strstr(end, "<|endoftext|>");
+    at = at ? at + strlen("<|endoftext|>") : NULL;
+    while (at && isspace((unsigned char)*at)) at++;
+  }
+  CHECK(number == 10, "%d stories", number);
+  expected_greedy_(&m, json_get(want, "prompt_ids"), json_get(want, "greedy_ids"), file);
+  free(text);
+  tokenizer_free(&tok);
+  model_free(&m);
+}
+
+/*
+SmolLM2-135M-Instruct from a GGUF file, where BITNET_SMOLLM2 names it: ids of the prompts, greedy ids, the five largest logits behind
+each prompt and the loss of the first story, all in float32 with the float weights that the file holds.
+*/
+static void check_smollm2_(const Json *want, const char *file) {
+  Model m;
+  Tokenizer tok;
+  int ids[600], own[600];
+  CHECK(want && json_get(want, "prompts"), "expected.json has no SmolLM2");
+  load_to_run(&m, file, PRECISION_FP32, 0);
+  checkpoint_tokenizer(&tok, file);
+  for (const Json *p = json_get(want, "prompts")->child; p; p = p->next) {
+    const char *text = json_get_string(p, "prompt", "");
+    int n = expected_ids_(ids, 600, json_get(p, "prompt_ids"));
+    size_t all = tokenizer_encode(&tok, text, strlen(text), own, 600);
+    CHECK((int)all == n && memcmp(ids, own, all * sizeof(int)) == 0, "%s: ids of a prompt", text);
+    expected_greedy_(&m, json_get(p, "prompt_ids"), json_get(p, "greedy_ids"), text);
+    Session s;
+    int seq[600] = {0}, pos[600];
+    for (int i = 0; i < n; i++) pos[i] = i;
+    session_open(&s, &m, 1, n, n, m.frozen);
+    const float *z = session_forward(&s, ids, seq, pos, n) + (size_t)(n - 1) * (size_t)m.c.vocab;
+    for (const Json *top = json_get(p, "top5")->child; top; top = top->next) {
+      const Json *number = top->child->next;
+      double value = number->type == JSON_REAL ? number->d : (double)number->i, logit = (double)z[top->child->i];
+      CHECK(fabs(logit - value) <= 1e-4 * fabs(value) + 5e-4, "%s: logit of %d is %.4f, expected %.3f", text, (int)top->child->i,
+            logit, value);
+    }
+    session_free(&s);
+  }
+  int n = expected_ids_(ids, 600, json_get(want, "first_story_ids"));
+  double nll = expected_loss_(&m, ids, n), there = json_get_number(want, "first_story_nll_sum", 0);
+  CHECK(fabs(nll - there) <= 1e-5 * there, "%s: loss of the first story %.4f, expected %.4f", file, nll, there);
+  tokenizer_free(&tok);
   model_free(&m);
 }
 
@@ -464,6 +547,7 @@ static void test_real_models(void) {
   check_expected_(data, json_get(doc.root, "stories260K.bin"), "stories260K_v1.bin", 0, 1e-6);
   // Activation codes that lie on an edge in float32 fall on either side.
   check_expected_(data, json_get(doc.root, "bitllama_1M.bin"), "bitllama_1M.bin", 1, 1e-3);
+  if (getenv("BITNET_SMOLLM2")) check_smollm2_(json_get(doc.root, "SmolLM2-135M-Instruct.Q4_1.gguf"), getenv("BITNET_SMOLLM2"));
   json_free(&doc);
   free(text);
 }
@@ -476,6 +560,6 @@ static void test_real_models(void) {
   {"gguf_refuses", "broken GGUF files, field by field", test_gguf_refuses},                                        \
   {"llama2c_refuses", "broken llama2.c files", test_llama2c_refuses},                                              \
   {"packed_refuses", "broken packed weights", test_packed_refuses},                                                \
-  {"real_models", "losses and texts of published models, where BITNET_DATA has them", test_real_models}
+  {"real_models", "losses and texts of published models, where BITNET_DATA and BITNET_SMOLLM2 have them", test_real_models}
 
 #endif

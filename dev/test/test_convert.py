@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Tests of reading and writing models against programs that share no code with us: transformers, the gguf package, and llama.cpp.
 
-    python dev/test/test_convert.py [--binary ./train_bitnet]
+    python dev/test/test_convert.py [--binary ./train_bitnet] [--only float packed ...]
 
 Needs torch, transformers, accelerate, safetensors and gguf; llama.cpp is used where the package xllamacpp (it
-has binary wheels; the version that CI names) is installed.
+has binary wheels; the version that CI names) is installed. bitnet.cpp has no package: its reader of I2_S is written down here in numpy. Where
+BITNET_DATA names a directory with tokenizers/, vocabularies in GGUF files are tested with llama.cpp's own vectors.
 All models are tiny and random. Errors are relative to the largest logit. Bounds: 1e-5 for the same float network (for llama.cpp, too, which
 sums in another order); 2e-2 with the same most likely token where 8-bit activations are involved, because a value on the edge between two
 codes may fall on either side (near ties of less than 1e-3 apart). llama.cpp quantises activations by blocks, we by tokens, and GGUF rounds the
@@ -17,11 +18,13 @@ import importlib.util
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import warnings
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 import gguf
@@ -254,6 +257,216 @@ def test_ternary_gguf(tmp):
         check(words in p.stderr and not os.path.exists(f"{tmp}/no.gguf"), f"{name} {args}: {p.stderr}")
 
 
+def read_gguf(path):
+    """(metadata, {name: (dims, type, offset)}, where the data begin, the bytes): the gguf package does not know the type I2_S."""
+    data = open(path, "rb").read()
+    at = 8
+    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+    def number(form):
+        nonlocal at
+        at += struct.calcsize(form)
+        return struct.unpack_from(form, data, at - struct.calcsize(form))[0]
+
+    def text():
+        nonlocal at
+        n = number("<Q")
+        at += n
+        return data[at - n:at].decode()
+
+    def value(kind):
+        nonlocal at
+        if kind == 8:
+            return text()
+        if kind == 9:
+            element, count = number("<I"), number("<Q")
+            return [value(element) for _ in range(count)]
+        at += sizes[kind]
+        return data[at - sizes[kind]:at]
+    check(data[:8] == b"GGUF\3\0\0\0", f"{path}: GGUF version 3")
+    n_tensors, n_keys = number("<Q"), number("<Q")
+    keys = {text(): value(number("<I")) for _ in range(n_keys)}
+    tensors = {}
+    for _ in range(n_tensors):
+        name = text()
+        dims = [number("<Q") for _ in range(number("<I"))]
+        tensors[name] = (dims, number("<I"), number("<Q"))
+    return keys, tensors, (at + 31) // 32 * 32, data
+
+
+def read_i2s(path):
+    """
+    The tensors of a file as bitnet.cpp (built for x86, as it comes) takes them: floats, or (codes, scale). Its quantize_i2_s in
+    src/ggml-bitnet-mad.cpp puts value j of 128 into byte j % 32, bits 6 - 2 (j / 32), as code + 1; the scale follows behind n / 4 bytes,
+    in 32 bytes of its own.
+    """
+    keys, tensors, begin, data = read_gguf(path)
+    check("x86" in keys["general.description"], f"{path}: says which layout it has")
+    out, end = {}, begin
+    for name, (dims, kind, offset) in tensors.items():
+        n, at = int(np.prod(dims)), begin + offset
+        check(at == end, f"{path}: {name} begins at {at}, the tensor before ends at {end}")
+        if kind == 36:
+            body = np.frombuffer(data, np.uint8, n // 4, at).reshape(-1, 1, 32)
+            codes = (body >> np.array([6, 4, 2, 0], np.uint8)[None, :, None] & 3).reshape(dims[1], dims[0]).astype(np.int32) - 1
+            check(codes.max() == 1 and codes.min() == -1 and not any(data[at + n // 4 + 4:at + n // 4 + 32]), f"{path}: {name}: codes, tail")
+            out[name] = codes, np.frombuffer(data, np.float32, 1, at + n // 4)[0]
+            end = at + n // 4 + 32
+        else:
+            check(kind == 0, f"{path}: {name} has type {kind}")
+            out[name] = np.frombuffer(data, np.float32, n, at).reshape(dims[::-1])
+            end = at + 4 * n
+    check(end == len(data), f"{path}: {len(data)} bytes, the tensors end at {end}")
+    return keys, out
+
+
+def bitnet_cpp_logits(path, ids):
+    """The graphs "llama", "bitnet" and "bitnet-b1.58" of bitnet.cpp, all positions at once."""
+    keys, w = read_i2s(path)
+    arch = keys["general.architecture"]
+    u32 = lambda name: struct.unpack("<I", keys[f"{arch}.{name}"])[0]
+    f32 = lambda name: np.frombuffer(keys[f"{arch}.{name}"], np.float32)[0]
+    heads, kv, eps, T = u32("attention.head_count"), u32("attention.head_count_kv"), f32("attention.layer_norm_rms_epsilon"), len(ids)
+
+    def norm(x, name):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w[name + ".weight"]
+
+    def product(x, name):
+        codes, scale = w[name + ".weight"]
+        s = np.float32(127) / np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(1e-5))
+        q = np.clip(np.rint(x * s), -128, 127).astype(np.int32)
+        return (q @ codes.T).astype(np.float32) / s * scale
+
+    def rope(x):   # [T, heads, width]; "llama" turns neighbours, the others halves
+        half = x.shape[-1] // 2
+        t = np.arange(T)[:, None] * f32("rope.freq_base") ** (-np.arange(half) / half)
+        c, s = np.cos(t)[:, None].astype(np.float32), np.sin(t)[:, None].astype(np.float32)
+        a, b = (x[..., 0::2], x[..., 1::2]) if arch == "llama" else (x[..., :half], x[..., half:])
+        y = np.empty_like(x)
+        (y[..., 0::2] if arch == "llama" else y[..., :half])[...] = a * c - b * s
+        (y[..., 1::2] if arch == "llama" else y[..., half:])[...] = b * c + a * s
+        return y
+    x = w["token_embd.weight"][ids]
+    for layer in range(u32("block_count")):
+        p = f"blk.{layer}."
+        h = norm(x, p + "attn_norm")
+        q, k, v = (product(h, p + f"attn_{n}").reshape(T, n_heads, -1) for n, n_heads in (("q", heads), ("k", kv), ("v", kv)))
+        q, k, v = rope(q), np.repeat(rope(k), heads // kv, 1), np.repeat(v, heads // kv, 1)
+        score = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(q.shape[-1])
+        score = np.where(np.tri(T, dtype=bool), score, -np.inf)
+        e = np.exp(score - score.max(-1, keepdims=True))
+        h = np.einsum("hqk,khd->qhd", e / e.sum(-1, keepdims=True), v).reshape(T, -1).astype(np.float32)
+        x = x + product(h if arch == "llama" else norm(h, p + "attn_sub_norm"), p + "attn_output")
+        h = norm(x, p + "ffn_norm")
+        gate, up = product(h, p + "ffn_gate"), product(h, p + "ffn_up")
+        h = (np.maximum(gate, 0) ** 2 if arch == "bitnet-b1.58" else gate / (1 + np.exp(-gate))) * up
+        x = x + product(h if arch == "llama" else norm(h, p + "ffn_sub_norm"), p + "ffn_down")
+    x = norm(x, "output_norm")
+    return (x @ w.get("output.weight", w["token_embd.weight"]).T).astype(np.float64)
+
+
+def test_i2s(tmp):
+    """I2_S files read and run as bitnet.cpp does: the codes and scales of the float file, our logits."""
+    for name, arch in (("llama", "llama"), ("llama_tied_bf16", "llama"), ("bitnet_silu", "bitnet"), ("bitnet", "bitnet-b1.58")):
+        path, out = os.path.join(tmp, name), f"{tmp}/{name}.i2s.gguf"
+        run("convert", f"init={path}", f"out={out}", "format=gguf", "type=i2_s", "embed_type=f32")
+        keys, tensors = read_i2s(out)
+        check(keys["general.architecture"] == arch, f"{out}: {keys['general.architecture']}")
+        ours = logits(path, IDS)
+        peer = bitnet_cpp_logits(out, IDS)
+        e = error(ours, peer)
+        check(e <= QUANTISED_BOUND and same_argmax(ours, peer), f"{out}: as bitnet.cpp runs it {e:.2e}")
+        check(error(logits(out, IDS), ours) <= FLOAT_BOUND, f"{out}: read back")
+        packed = f"{tmp}/{name}_for_i2s"   # the same codes and scales through another form
+        run("convert", f"init={path}", f"out={packed}", "format=packed")
+        other = load_file(f"{packed}/model.safetensors")
+        for theirs_, mine in (("mlp.down_proj", "ffn_down"), ("self_attn.v_proj", "attn_v")):
+            bytes_ = other[f"model.layers.1.{theirs_}.weight"].numpy()
+            codes = np.concatenate([(bytes_ >> 2 * i & 3).astype(np.int32) - 1 for i in range(4)])
+            check(np.array_equal(tensors[f"blk.1.{mine}.weight"][0], codes), f"{out}: {mine}: codes")
+            scale = other[f"model.layers.1.{theirs_}.weight_scale"].float().item()
+            check(abs(tensors[f"blk.1.{mine}.weight"][1] - scale) <= 1e-6 * scale, f"{out}: {mine}: scale")
+
+
+def test_calibrate(tmp):
+    """Gains of inserted sub-norms: the mean size of what reaches the projection, as transformers' own network has it on the same windows."""
+    import tokenizers
+    text = open(__file__, encoding="utf-8").read()[:6000]
+    tok = tokenizers.ByteLevelBPETokenizer()
+    tok.train_from_iterator([text], vocab_size=300, min_frequency=2)
+    path = make("calibrated", f"{tmp}/calibrate", "Llama", tie_word_embeddings=True, vocab_size=320)
+    tok.save(f"{path}/tokenizer.json")
+    open(f"{tmp}/text.txt", "w", encoding="utf-8").write(text)
+    args = [f"init={path}", f"file={tmp}/text.txt", "attn_sub_norm=1", "ffn_sub_norm=1", "lambda=0", "precision=fp32"]
+    far = []
+    for calibrate in (0, 2):
+        run("convert", *args, f"out={tmp}/gains{calibrate}", f"calibrate={calibrate}")
+        far.append(error(logits(f"{tmp}/gains{calibrate}", IDS, "lambda=0"), logits(path, IDS, "lambda=0")))
+    check(far[1] < far[0] / 2, f"logits differ from the model's by {far[0]:.2e} with gain 1, by {far[1]:.2e} with measured gains")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    rms = {}
+    for i, layer in enumerate(model.model.layers):
+        for name, module in ((f"{i}.self_attn.attn_sub_norm", layer.self_attn.o_proj), (f"{i}.mlp.ffn_sub_norm", layer.mlp.down_proj)):
+            module.register_forward_pre_hook(lambda _, x, name=name: rms.setdefault(name, []).append(x[0].pow(2).mean(-1).sqrt().flatten()))
+    ids = tok.encode(text).ids
+    T, rows = 128, 4
+    check(len(ids) > 2 * rows * T, f"{len(ids)} tokens are too few")
+    with torch.no_grad():
+        model(torch.tensor(ids[:2 * rows * T]).view(-1, T))
+    gains = load_file(f"{tmp}/gains2/model.safetensors")
+    for name, parts in rms.items():
+        want, got = torch.cat(parts).mean().item(), gains[f"model.layers.{name}.weight"]
+        check((got == got[0]).all() and abs(got[0].item() - want) <= FLOAT_BOUND * want, f"{name}: gain {got[0].item()}, measured {want}")
+    check(len(rms) == 4, "all four norms")
+
+
+VOCABULARIES = {"gpt2": "gpt-2", "llama3": "llama-bpe", "qwen2": "qwen2", "llama2": "llama-spm", "smollm2": None}   # None: Hugging Face's ids
+
+
+def llama_ids(path, texts):
+    """llama.cpp's ids of texts with the vocabulary of a file."""
+    model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
+    check(model, f"{path}: llama.cpp refuses it")
+    if not model:
+        return []
+    vocab, out = ctypes.c_void_p(llama.llama_model_get_vocab(ctypes.c_void_p(model))), []
+    room = (ctypes.c_int32 * 4096)()
+    for text in texts:
+        data = text.encode()
+        n = llama.llama_tokenize(vocab, data, len(data), room, 4096, ctypes.c_bool(False), ctypes.c_bool(False))
+        out.append(list(room[:max(n, 0)]))
+    llama.llama_model_free(ctypes.c_void_p(model))
+    return out
+
+
+def test_vocabularies(tmp):
+    """Vocabularies that we write into GGUF files: llama.cpp finds its own published ids with them."""
+    data = os.environ.get("BITNET_DATA")
+    if not llama or not data:
+        print("note: vocabularies in GGUF need llama.cpp and BITNET_DATA; left out")
+        return
+    import tokenizers
+    import tokenizer_check
+    root = f"{data}/tokenizers"
+    for name, (source, folder, _) in tokenizer_check.make_all(root, f"{tmp}/vocabularies", VOCABULARIES).items():
+        theirs_ = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+        size = (theirs_.get_vocab_size() + 63) // 64 * 64
+        path, out = f"{tmp}/vocabulary_model", f"{tmp}/{name}.gguf"
+        config = transformers.LlamaConfig(**{**COMMON, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1,
+                                             "num_key_value_heads": 1, "vocab_size": size, "tie_word_embeddings": True})
+        transformers.LlamaForCausalLM(config).save_pretrained(path)
+        run("convert", f"init={path}", f"tokenizer={source}", f"out={out}", "format=gguf", "type=f16", "lambda=0")
+        inputs = VOCABULARIES[name] or "gpt-2"
+        texts = open(f"{root}/vectors/{inputs}.inp", newline="").read().split("\n__ggml_vocab_test__\n")
+        if VOCABULARIES[name]:
+            want = [[int(i) for i in line.split()] for line in open(f"{root}/vectors/{inputs}.out").read().split("\n")[:len(texts)]]
+        else:
+            want = [theirs_.encode(t, add_special_tokens=False).ids for t in texts]
+        got = llama_ids(out, texts)
+        bad = [(t, g, w) for t, g, w in zip(texts, got, want) if g != w]
+        check(len(got) == len(texts) == len(want) > 40 and not bad, f"{name}: {len(bad)} of {len(texts)} texts, first {bad[:1]}")
+
+
 def test_types(tmp):
     """Files of the gguf package in every type: we read the numbers that it reads."""
     rng = np.random.default_rng(5)
@@ -351,7 +564,9 @@ def main():
     global BINARY, llama
     parser = argparse.ArgumentParser()
     parser.add_argument("--binary", default=BINARY)
-    BINARY = parser.parse_args().binary
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these tests; `float` makes the models of most of the others")
+    args = parser.parse_args()
+    BINARY = args.binary
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
@@ -359,7 +574,9 @@ def main():
     if llama is None:
         print("note: llama.cpp is not installed (pip install xllamacpp); its part is left out")
     with tempfile.TemporaryDirectory() as tmp:
-        for test in (test_float, test_ternary_gguf, test_types, test_packed):
+        for test in (test_float, test_ternary_gguf, test_i2s, test_calibrate, test_types, test_packed, test_vocabularies):
+            if args.only and test.__name__.removeprefix("test_") not in args.only:
+                continue
             before = failed
             test(tmp)
             print(f"{'ok  ' if failed == before else 'FAIL'}  {test.__name__}", flush=True)

@@ -3,7 +3,7 @@
 
     python dev/test/test_eval.py            # needs gcc, ./train_bitnet, torch, transformers, tokenizers, lm-eval, nltk
     BITNET_DATA=DIR python dev/test/test_eval.py --items 200      # also the records in DIR/qa/*.jsonl
-    python dev/test/test_eval.py --model MODEL_DIR --lambda 0     # a model directory of your own
+    python dev/test/test_eval.py --model MODEL_DIR --lambda 0     # a model directory of your own, on DIR/qa alone where that is given
 
 The models are made here: a random LLaMA, run as it is at lambda = 0, and a ternary one that trains for seconds, run at lambda = 1. The
 harness's own task definitions are used, with local files in the place of its downloads.
@@ -272,7 +272,7 @@ def compare(label, name, ours, theirs, bound):
 def test_harness(tmp, args, text):
     import torch
     import transformers
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -281,7 +281,8 @@ def test_harness(tmp, args, text):
     sets = [("made", made_items(text, 60), None, dev)]
     if args.data:
         out, files, real_dev = read_items(os.path.join(args.data, "qa"), args.items)
-        sets.append(("read", out, files, real_dev))
+        sets = sets * (not args.model) + [("read", out, files, real_dev)]   # a large model: the real records are enough
+    sets = [(source, {k: v for k, v in items.items() if not args.tasks or k in args.tasks}, files, examples) for source, items, files, examples in sets]
     for label, path, lam in models:
         compare_model(tmp, label, path, lam, sets)
 
@@ -329,12 +330,13 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default=os.environ.get("BITNET_DATA"), help="a directory with qa/*.jsonl (default: $BITNET_DATA)")
     p.add_argument("--items", type=int, default=200, help="records of each file (default %(default)s)")
+    p.add_argument("--tasks", nargs="+", help="only these, of hellaswag arc mmlu winogrande truthfulqa lambada wikitext")
     p.add_argument("--model", help="compare this model directory instead of the two that are made")
     p.add_argument("--lambda", dest="lam", type=float, default=0, help="with --model: 0 runs its float weights, 1 the ternary ones (default 0)")
     args = p.parse_args()
     text = "\n\n".join(open(os.path.join(ROOT, f), encoding="utf-8").read() for f in ("README.md", "bitnet/model.h", "bitnet/infer.h", "dataloader.h"))
     with tempfile.TemporaryDirectory() as tmp:
-        for test in (lambda: test_stems(tmp, text), lambda: test_harness(tmp, args, text)):
+        for test in [lambda: test_stems(tmp, text)] * (not args.model) + [lambda: test_harness(tmp, args, text)]:
             t0 = time.time()
             test()
             print(f"{time.time() - t0:6.1f} s", flush=True)

@@ -59,6 +59,13 @@ static void test_options_forms(void) {
   parse_line_(&o, "resume=runs/x threads=3");
   CHECK(o.preset[0] == 0 && o.threads == 3, "a resumed run takes no default preset");
   options_free(&o);
+  parse_line_(&o, "init=some/dir data=x");
+  CHECK(strcmp(o.preset, "finetune") == 0 && o.weight_decay == 0 && options_is_set(&o, "lr") == FROM_DEFAULT, "the recipe for a model: %s",
+        o.preset);
+  options_free(&o);
+  parse_line_(&o, "arithmetic init=some/dir");
+  CHECK(strcmp(o.preset, "arithmetic") == 0, "a preset that is named counts: %s", o.preset);
+  options_free(&o);
 }
 
 static void test_options_errors(void) {

@@ -9,7 +9,7 @@ Defines:     RUN_TESTS, the rows for the table of tests.
 #ifndef TEST_RUN_H
 #define TEST_RUN_H
 
-#include "../../bitnet/trainer.h"
+#include "../../modes/pretrain.h"
 #include "check.h"
 
 // ---------------------------------------------------------------------------------------------------------
@@ -233,6 +233,31 @@ static void test_run_resume(void) {
         "init fixes the shape: %s", run_err);
   CHECK(program_("", "init=%s run_dir=%s steps=2 eval_problems=20 arith_max=9", whole, base) == 0, "a new run from a model: %s",
         run_err);
+  // Its learning rate follows the size of the weights.
+  ModelSource s;
+  char path[4200], err[256];
+  size_t len;
+  JsonDoc doc;
+  double sum = 0, count = 0;
+  checkpoint_path(path, sizeof path, whole);
+  source_open(&s, path);
+  for (int i = 0; i < s.table.count; i++) {
+    const Tensor *t = &s.table.tensors[i];
+    if (!(t->flags & TERNARY)) continue;
+    float *x = host_floats_(t->n);
+    source_floats(&s, i, x, 0, t->n);
+    for (size_t k = 0; k < t->n; k++) sum += fabs((double)x[k]);
+    count += (double)t->n;
+  }
+  source_close(&s);
+  path_join(path, sizeof path, last_run_(), "config.json");
+  char *text = read_file(path, &len);
+  CHECK(text && json_parse(&doc, text, len, err, sizeof err), "%s", path);
+  double lr = json_get_number(doc.root, "lr", 0), want = FINETUNE_STEP * sum / count;
+  CHECK(fabs(lr - want) <= 0.05 * want, "the learning rate is %g, the weights ask for %g", lr, want);
+  json_free(&doc);
+  free(text);
+  end_test_();
 }
 
 // The first signal stops the run after the step and saves; it goes on afterwards.
