@@ -6,7 +6,7 @@
     python dev/plot.py runs/latest --html-only             # without matplotlib
 
 Shown: training loss (each step and a moving average), validation loss, exact match, lambda, learning rate, gradient norm, the shares of
-zero weights, of codes flipped per step and of clipped activations, tokens/s; the samples by step; and where the options differ.
+zero weights and of codes flipped per step, tokens/s; the samples by step; and where the options differ.
 """
 import argparse
 import html
@@ -18,7 +18,7 @@ import runlog
 # name in the log, title, logarithmic axis
 PANELS = [("loss", "training loss", False), ("val_loss", "validation loss (lambda = 1)", False), ("exact_match", "exact match", False), ("lambda", "lambda", False),
           ("lr", "learning rate", False), ("grad_norm", "gradient norm", True), ("zeros", "share of zero weights", False),
-          ("flips", "share of codes flipped per step", True), ("clip", "share of clipped activations", True), ("tok_per_s", "tokens per second", False)]
+          ("flips", "share of codes flipped per step", True), ("tok_per_s", "tokens per second", False)]
 COLOURS = ["#2a6fdb", "#d1495b", "#2e933c", "#b8860b", "#7b3fa0", "#008b8b", "#6b4f3a", "#888888"]
 MAX_POINTS = 1500
 
@@ -76,7 +76,7 @@ def facts(config, manifest, train, evals):
         out.append(("parameters", f"{manifest['parameters'] / 1e6:.2f} M"))
     for key in ("device", "git_commit"):
         if manifest.get(key):
-            out.append((key.replace("_", " "), str(manifest[key])[:44]))
+            out.append((key.replace("_", " "), str(manifest[key])[:12 if key == "git_commit" else 44]))
     return out
 
 
@@ -94,6 +94,7 @@ def write_png(runs, path):
         runlog.fail("the PNG needs matplotlib (pip install matplotlib); --html-only makes the report without it")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
     used = [p for p in PANELS if any(p[0] == n.split(".")[0] for r in runs for n in r["panels"])]
     if not used:
         runlog.fail("nothing was logged yet")
@@ -114,6 +115,11 @@ def write_png(runs, path):
                     ax.plot(*zip(*smooth), color=colour, lw=1.6, label=label)
         if log and all(v > 0 for r in runs for n, pts in r["panels"].items() if n.split(".")[0] == key for _, v in pts):
             ax.set_yscale("log")
+            ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+            ax.yaxis.set_minor_locator(ticker.NullLocator())
+        if key == "lambda":
+            ax.set_ylim(-0.05, 1.05)
         ax.set_title(title, fontsize=10)
         ax.grid(alpha=0.25)
         ax.tick_params(labelsize=8)
@@ -134,7 +140,8 @@ main { max-width: 1240px; margin: 0 auto; padding: 24px 20px 60px; } h1 { font-s
 .soft { color: var(--soft); } .cards, .charts { display: grid; gap: 14px; } .cards { grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); }
 .charts { grid-template-columns: repeat(auto-fit, minmax(370px, 1fr)); } .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
 .card h3 { margin: 0 0 6px; font-size: 13px; font-weight: 600; overflow-wrap: anywhere; } table { border-collapse: collapse; width: 100%; } td, th { padding: 2px 8px 2px 0; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
-td:first-child { color: var(--soft); white-space: nowrap; } .dot { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 6px; } label { margin-right: 16px; cursor: pointer; }
+td:first-child { color: var(--soft); white-space: nowrap; } .facts { display: grid; gap: 8px 18px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+.facts div { overflow-wrap: anywhere; } .facts span { display: block; color: var(--soft); font-size: 12px; } .dot { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 6px; } label { margin-right: 16px; cursor: pointer; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 10.5px; } .grid { stroke: var(--line); stroke-width: 1; } .read { font-size: 12px; color: var(--soft); min-height: 18px; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 8px 0 0; font: 13px/1.5 ui-monospace, monospace; max-height: 420px; overflow: auto; } input[type=range] { width: 260px; vertical-align: middle; }
 """
@@ -155,10 +162,11 @@ function draw(panel) {
   // The axis follows the bulk of the values: single spikes are cut at the frame, not dropped.
   let ys = all.map(p => p[1]).sort((a, b) => a - b), y0 = ys[0], y1 = ys[Math.min(ys.length - 1, Math.floor(ys.length * 0.998))];
   const log = (panel.log || (panel.key === 'loss' && document.getElementById('log').checked)) && y0 > 0;
+  if (panel.key === 'lambda') { y0 = 0; y1 = 1; }
   const f = log ? Math.log10 : (v => v); let a = f(y0), b = f(y1); if (b - a < 1e-12) { const d = Math.abs(a) * 0.05 || 0.5; a -= d; b += d; } const pad = (b - a) * 0.05; a -= pad; b += pad;
   const X = v => L + (v - x0) / (x1 - x0) * (W - L - R), Y = v => Math.max(T, Math.min(H - B, H - B - (f(v) - a) / (b - a) * (H - T - B)));
   panel.X = X; panel.x0 = x0; panel.x1 = x1;
-  const marks = log ? logTicks(a, b) : [], use = marks.length > 1 ? marks : ticks(a, b, 5);
+  const marks = log ? logTicks(a, b) : [], use = !log ? ticks(a, b, 5) : marks.length > 1 ? marks : ticks(10 ** a, 10 ** b, 4).map(Math.log10);
   for (const t of use) { const y = H - B - (t - a) / (b - a) * (H - T - B); el('line', {x1: L, x2: W - R, y1: y, y2: y, class: 'grid'}, svg); el('text', {x: L - 6, y: y + 3.5, 'text-anchor': 'end'}, svg).textContent = show(log ? 10 ** t : t); }
   for (const t of ticks(x0, x1, 5)) { el('text', {x: X(t), y: H - 6, 'text-anchor': 'middle'}, svg).textContent = show(t); }
   for (const l of panel.lines) {
@@ -198,9 +206,9 @@ def write_html(runs, path):
     out.append(f"<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\"><title>{e(title)}</title><style>{STYLE}</style></head><body><main>")
     out.append(f"<h1>{e(title)}</h1><div class=\"soft\">bitnet.c training report</div><h2>Runs</h2><div class=\"cards\">")
     for r in runs:
-        rows = "".join(f"<tr><td>{e(k)}</td><td>{e(str(v))}</td></tr>" for k, v in r["facts"])
+        rows = "".join(f"<div><span>{e(k)}</span>{e(str(v))}</div>" for k, v in r["facts"])
         note = f"<div class=\"soft\">{r['bad']} lines of the log could not be read</div>" if r["bad"] else ""
-        out.append(f"<div class=\"card\"><h3><span class=\"dot\" style=\"background:{r['colour']}\"></span>{e(r['name'])}</h3><table>{rows}</table>{note}</div>")
+        out.append(f"<div class=\"card\"><h3><span class=\"dot\" style=\"background:{r['colour']}\"></span>{e(r['name'])}</h3><div class=\"facts\">{rows}</div>{note}</div>")
     out.append("</div><h2>Curves</h2><p><label><input type=\"checkbox\" id=\"log\"> logarithmic loss</label>")
     if len(runs) > 1:
         out += [f"<label><input type=\"checkbox\" class=\"toggle\" checked> <span class=\"dot\" style=\"background:{r['colour']}\"></span>{e(r['name'])}</label>" for r in runs]

@@ -112,13 +112,14 @@ def series(rows):
 
 
 def moving_average(values, window=100):
-    """Each value's mean with up to window - 1 before it."""
-    out, total = [], 0.0
-    for i, v in enumerate(values):
-        total += v
-        if i >= window:
-            total -= values[i - window]
-        out.append(total / min(i + 1, window))
+    """Each value's mean with up to window / 2 on either side. At the start, where losses fall steeply, no more behind than before."""
+    sums = [0.0]
+    for v in values:
+        sums.append(sums[-1] + v)
+    out, n = [], len(values)
+    for i in range(n):
+        first, end = max(0, i - window // 2), min(n, i + min(i, window // 2) + 1)
+        out.append((sums[end] - sums[first]) / (end - first))
     return out
 
 

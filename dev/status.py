@@ -78,8 +78,8 @@ def status(run, now=None):
         "val_loss": next((e["val_loss"] for e in reversed(evals) if e.get("val_loss") is not None), None),
         "best_val_loss": min((v for _, v in runlog.numbers(evals, "val_loss")), default=None),
         "exact_match": next((e["exact_match"] for e in reversed(evals) if e.get("exact_match") is not None), None),
-        "lambda": last.get("lambda"), "lr": last.get("lr"), "grad_norm": last.get("grad_norm"), "zeros": last.get("zeros"), "flips": last.get("flips"),
-        "clip": last.get("clip"), "ms": 1000 * per_step if per_step else None, "tok_per_s": last.get("tok_per_s"),
+        "lambda": last.get("lambda"), "lr": last.get("lr"), "grad_norm": last.get("grad_norm"),
+        "zeros": next((r["zeros"] for r in reversed(train) if "zeros" in r), None), "flips": next((r["flips"] for r in reversed(train) if "flips" in r), None), "ms": 1000 * per_step if per_step else None, "tok_per_s": last.get("tok_per_s"),
         "tokens": step * runlog.tokens_per_step(config), "eta_seconds": left, "silent_seconds": silent, "checkpoints": names, "latest": latest,
         "damaged_lines": bad, "anomalies": anomalies(train, config)}
 
@@ -107,8 +107,8 @@ def show(s):
     if s["val_loss"] is not None:
         lines.append(f"validation  {s['val_loss']:.4f}, best {s['best_val_loss']:.4f}" + (f", exact match {s['exact_match']:.4f}" if s["exact_match"] is not None else ""))
     lines.append(f"now         lambda {number(s['lambda'], '%.3f')}, lr {number(s['lr'], '%.2e')}, gradient norm {number(s['grad_norm'], '%.3f')}")
-    if any(s[k] is not None for k in ("zeros", "flips", "clip")):
-        lines.append(f"ternary     zeros {number(s['zeros'], '%.3f')}, flips per step {number(s['flips'], '%.2e')}, clipped activations {number(s['clip'], '%.2e')}")
+    if any(s[k] is not None for k in ("zeros", "flips")):
+        lines.append(f"ternary     zeros {number(s['zeros'], '%.3f')}, codes flipped per step {number(s['flips'], '%.2e')}")
     lines.append(f"speed       {number(s['tok_per_s'], '%.0f')} tokens/s, {number(s['ms'], '%.0f')} ms a step, {s['tokens']} tokens so far")
     if s["eta_seconds"] is not None:
         lines.append(f"time left   {runlog.duration(s['eta_seconds'])}")

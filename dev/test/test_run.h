@@ -86,6 +86,28 @@ static int same_in_runs_(const char *a, const char *b, const char *name) {
   return same_file_(px, py);
 }
 
+// 1 if the first `steps` lines in the logs of two runs agree in all but the times.
+static int same_log_(const char *a, const char *b, int steps) {
+  char pa[4200], pb[4200];
+  size_t n, m;
+  path_join(pa, sizeof pa, a, "log.jsonl");
+  path_join(pb, sizeof pb, b, "log.jsonl");
+  char *x = read_file(pa, &n), *y = read_file(pb, &m), *p = x, *q = y;
+  int same = x && y;
+  for (int i = 0; same && i < steps; i++) {
+    char *px = strstr(p, ", \"ms\""), *qx = strstr(q, ", \"ms\"");
+    same = px && qx && px - p == qx - q && memcmp(p, q, (size_t)(px - p)) == 0;
+    if (!same) break;
+    p = strchr(px, '\n');
+    q = strchr(qx, '\n');
+    same = p && q;
+    if (same) p++, q++;
+  }
+  free(x);
+  free(y);
+  return same;
+}
+
 static int contains_(const char *path, const char *word) {
   size_t len;
   char *text = read_file(path, &len);
@@ -188,7 +210,7 @@ static void test_run_same_bits(void) {
 // Stopping after any step and going on gives the same bits as not stopping, in parameters, moments and the log's losses.
 static void test_run_resume(void) {
   enum { STEPS = 8 };
-  char base[600], whole[4096], part[4096], a[4200], b[4200];
+  char base[600], whole[4096], part[4096], a[4200];
   snprintf(base, sizeof base, "%s", test_dir());
   CHECK(program_("", TINY "run_dir=%s steps=%d", base, STEPS) == 0, "%s", run_err);
   snprintf(whole, sizeof whole, "%s", last_run_());
@@ -208,18 +230,7 @@ static void test_run_resume(void) {
     CHECK(strcmp(part, last_run_()) == 0, "the run goes on in its folder");
     CHECK(same_in_runs_(whole, part, "model.safetensors") && same_in_runs_(whole, part, "training_state.safetensors"),
           "stopped at %d: other bits", stop);
-    path_join(b, sizeof b, whole, "log.jsonl");
-    size_t n, m;
-    char *x = read_file(a, &n), *y = read_file(b, &m);
-    const char *p = x, *q = y;
-    for (int i = 1; x && y && i <= STEPS; i++) {   // all but the times must agree
-      const char *px = strstr(p, ", \"ms\""), *qx = strstr(q, ", \"ms\"");
-      CHECK(px && qx && px - p == qx - q && memcmp(p, q, (size_t)(px - p)) == 0, "log row %d after a stop at %d", i, stop);
-      p = strchr(p, '\n') + 1;
-      q = strchr(q, '\n') + 1;
-    }
-    free(x);
-    free(y);
+    CHECK(same_log_(whole, part, STEPS), "stopped at %d: another log", stop);
   }
   CHECK(program_("", "resume=%s", whole) == 0 && strstr(run_out, "done: steps 8"), "resuming a finished run reports it: %s%s", run_out,
         run_err);
@@ -258,6 +269,45 @@ static void test_run_resume(void) {
   json_free(&doc);
   free(text);
   end_test_();
+}
+
+/*
+The same on token shards: two interruptions, in the middle of an epoch, and each part on another number of threads. The data are a
+mixture of two sources: documents in two files (attention ends at their ends), and one file with a loss mask. With 16 tokens a row
+they have 20 and 5 rows in an epoch; 12 steps of 8 rows take 67 and 29 of them.
+*/
+static void test_run_resume_shards(void) {
+  enum { STEPS = 12, VOCAB = 64, END = 0 };
+  static const struct { const char *name; int n, masked; } files[] = {{"a_0.bin", 200, 0}, {"a_1.bin", 135, 0}, {"b_0.bin", 83, 1}};
+  static const int stops[][2] = {{1, 2}, {3, 8}, {4, 11}};
+  char base[600], args[3000], whole[4096], other[4096], path[4200];
+  snprintf(base, sizeof base, "%s", test_dir());
+  for (size_t f = 0; f < ARRAY_LEN(files); f++) {
+    int ids[200];
+    unsigned char trained[200];
+    for (int i = 0; i < files[f].n; i++) {
+      uint64_t draw = rng_u64(5, RNG_TEST, f << 32 | (uint64_t)i);
+      ids[i] = draw % 9 == 0 ? END : 1 + (int)(draw / 16 % (VOCAB - 1));   // documents of 9 tokens on average
+      trained[i] = (unsigned char)(draw / 4096 % 3 != 0);
+    }
+    path_join(path, sizeof path, base, files[f].name);
+    shard_write_masked(path, ids, files[f].masked ? trained : NULL, (size_t)files[f].n, VOCAB, 0, END);
+  }
+  snprintf(args, sizeof args, "simple data='%s/a_*.bin:0.7,%s/b_*.bin:0.3' val_data='%s/a_1.bin' vocab=%d run_dir=%s dim=32 layers=2 "
+           "heads=4 kv_heads=2 ffn_dim=48 seq_len=16 batch_size=4 grad_accum=2 steps=%d lambda_warmup_frac=0.4 lr=1e-2",
+           base, base, base, VOCAB, base, STEPS);
+  CHECK(program_("", "%s threads=2", args) == 0, "%s", run_err);
+  snprintf(whole, sizeof whole, "%s", last_run_());
+  for (size_t i = 0; i < ARRAY_LEN(stops); i++) {
+    CHECK(program_("", "%s threads=1 stop_at=%d", args, stops[i][0]) == 0, "%s", run_err);
+    snprintf(other, sizeof other, "%s", last_run_());
+    CHECK(!same_in_runs_(whole, other, "model.safetensors"), "stopped at %d, it has the parameters of the end", stops[i][0]);
+    CHECK(program_("", "resume=%s threads=3 stop_at=%d eval_every=2", other, stops[i][1]) == 0, "%s", run_err);
+    CHECK(program_("", "resume=%s threads=2 eval_every=0", other) == 0, "%s", run_err);
+    CHECK(strcmp(other, last_run_()) == 0, "the run goes on in its folder");
+    CHECK(same_in_runs_(whole, other, "model.safetensors") && same_in_runs_(whole, other, "training_state.safetensors"),
+          "stopped at %d and %d: other bits", stops[i][0], stops[i][1]);
+  }
 }
 
 // The first signal stops the run after the step and saves; it goes on afterwards.
@@ -527,6 +577,7 @@ static void test_run_errors(void) {
   {"run_folder", "a run's folder, log, manifest, samples, checkpoints; every mode reads it", test_run_folder}, \
   {"run_same_bits", "threads, recompute and how often to evaluate do not change a bit", test_run_same_bits},   \
   {"run_resume", "stopped at any step and resumed = never stopped", test_run_resume},                          \
+  {"run_resume_shards", "the same on shards: twice in an epoch, packing, masks, mixtures, other threads", test_run_resume_shards}, \
   {"run_signal", "SIGTERM saves, the run goes on", test_run_signal},                                           \
   {"run_not_finite", "exploding numbers stop the run with a message", test_run_not_finite},                    \
   {"dry_run", "the largest batch that fits", test_dry_run},                                                    \

@@ -57,7 +57,7 @@ def make_run(folder, rows, state="running", torn="", samples="", **config):
 
 
 def test_status(tmp):
-    rows = [row(i, 4 - i / 50) for i in range(1, 101)] + [{"step": 100, "val_loss": 2.5, "exact_match": 0.25}]
+    rows = [row(i, 4 - i / 50, **({"zeros": 0.31, "flips": 2e-3} if i == 91 else {})) for i in range(1, 101)] + [{"step": 100, "val_loss": 2.5, "exact_match": 0.25}]
     run = make_run(f"{tmp}/a_run", rows, torn='{"step": 101, "lo')
     lock = open(f"{run}/.lock")
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -67,7 +67,7 @@ def test_status(tmp):
     check(s["loss"] == 2.0 and abs(s["loss_mean_100"] - 2.99) < 1e-9 and s["val_loss"] == 2.5 and s["exact_match"] == 0.25, "losses")
     check(s["checkpoints"] == ["step_000050"] and s["latest"] == "step_000050" and not s["anomalies"], "checkpoints")
     check(status.status(run, time.time() + 60)["state"] == "stale", "no line for a minute")
-    tool("status", run, words=["step        100 of 200", "50.0 %", "exact match 0.2500", "time left   10 s"])
+    tool("status", run, words=["step        100 of 200", "50.0 %", "exact match 0.2500", "zeros 0.310, codes flipped per step 2.00e-03", "time left   10 s"])
     fcntl.flock(lock, fcntl.LOCK_UN)
     check(status.status(run)["state"] == "dead", "nobody holds it")
     tool("status", run, "--watch", words=["dead", "go on with  ./train_bitnet resume="])   # ends by itself
@@ -133,6 +133,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_plot(tmp):
+    check(runlog.moving_average([4, 3, 2, 1, 1, 1], 4) == [4, 3, 2.2, 1.6, 1.25, 1] and runlog.moving_average([], 4) == [], "moving average")
     text = "--- step 50 ---\nA </script><b> & story.\nTwo lines.\n--- step 100 ---\nThe end\n"
     rows = [row(i, 4 - i / 50, zeros={"q": 0.3, "down": 0.4}, flips=1e-4) for i in range(1, 4001)] + [{"step": i, "val_loss": 2.5} for i in (100, 2000)]
     a, b = make_run(f"{tmp}/a", rows, "completed", samples=text), make_run(f"{tmp}/b", [row(1, None), row(2, 3.0)], lr=0.5)
