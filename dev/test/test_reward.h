@@ -297,7 +297,7 @@ static void test_scorer(void) {
   path_join(config, sizeof config, path, "config.json");
   CHECK(contains_(config, "\"value_head\": 1") && contains_(config, "BitnetCForSequenceScore"), "config.json");
   CHECK(program_("", "convert init=%s out=%s/m.gguf format=gguf", path, test_dir()) == EXIT_USAGE && strstr(run_err, "reward model"), "%s", run_err);
-  CHECK(program_("", "reward init=%s data=%s qa_template=plain steps=1 batch_size=1 run_dir=%s", reward_base_(),
+  CHECK(program_("", "reward init=%s data=%s qa_template=plain steps=1 batch_size=1 holdout=0 run_dir=%s", reward_base_(),
                  write_("p.jsonl", "{\"query\": \"1+1=\", \"positive\": 2, \"negative\": 3}\n"), test_dir()) == 0, "from a reward model: %s", run_err);
 }
 
