@@ -45,6 +45,7 @@ UNUSED static size_t test_device_bytes;   // that the CPU's dev_malloc has asked
 #include "dev/test/test_ops.h"         // OPS_TESTS
 #include "dev/test/test_options.h"     // OPTIONS_TESTS
 #include "dev/test/test_reference.h"   // REFERENCE_TESTS
+#include "dev/test/test_reward.h"      // REWARD_TESTS
 #include "dev/test/test_run.h"         // RUN_TESTS
 #include "dev/test/test_shards.h"      // SHARD_TESTS
 #include "dev/test/test_tokenizer.h"   // TOKENIZER_TESTS
@@ -63,6 +64,7 @@ static const Test tests[] = {
   RUN_TESTS,
   CONVERT_TESTS,
   GRPO_TESTS,
+  REWARD_TESTS,
 };
 
 int main(int argc, char **argv) {

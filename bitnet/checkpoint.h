@@ -104,6 +104,8 @@ UNUSED static void config_to_options(Options *o, Config *c) {
 // The Hugging Face class that can express this Config, or "bitnet_c" where none can. Its architecture goes to *architecture.
 UNUSED static const char *config_model_type(const Config *c, const char **architecture) {
   int plain = !c->qkv_bias && !c->o_bias && !c->qk_norm, quantised = c->act_bits == 8;
+  *architecture = "BitnetCForSequenceScore";
+  if (c->value_head) return "bitnet_c";
   *architecture = "BitNetForCausalLM";
   if (quantised && c->attn_sub_norm && c->ffn_sub_norm && !c->qk_norm && c->qkv_bias == c->o_bias && c->heads * c->head_dim == c->dim)
     return "bitnet";
@@ -189,6 +191,7 @@ UNUSED static void config_put_form(StrBuf *b, const Config *c, const Tokenizer *
                 "  \"bitnet_c\": {\"attn_sub_norm\": %d, \"ffn_sub_norm\": %d, \"qkv_bias\": %d, \"o_bias\": %d, \"qk_norm\": %d, "
                 "\"act_bits\": %d, ",
                 c->attn_sub_norm, c->ffn_sub_norm, c->qkv_bias, c->o_bias, c->qk_norm, c->act_bits);
+  if (c->value_head) strbuf_printf(b, "\"value_head\": 1, ");
   if (t) strbuf_printf(b, "\"tokenizer_hash\": \"%016llx\", ", (unsigned long long)tokenizer_hash(t));
   strbuf_printf(b, CONFIG_CRC_ "00000000\"}\n}\n");
   char digits[16];

@@ -150,6 +150,7 @@ UNUSED static const char *export_refusal(const Exporter *e, const WeightForm *fo
   const Config *c = &e->c;
   const char *architecture;
   Config bare = *c;
+  if (c->value_head && form->packed != PACKED_NONE && form->packed < PACKED_TRITS) return "transformers has no class for this reward model";
   if (form->plain && form->packed != PACKED_NONE) return "packed weights are ternary; lambda=0 cannot be packed";
   if (form->plain && form->folded) return "folded norms exist only in quantised models; lambda=0 has no place for them";
   if (form->packed >= PACKED_TRITS) return NULL;
@@ -373,6 +374,8 @@ Everything else is refused: llama.cpp loads a file with the wrong activation wit
 UNUSED static const char *gguf_architecture(const Config *c, int type, const char **why) {
   int plain = !c->qkv_bias && !c->o_bias && !c->qk_norm, subs = c->attn_sub_norm + c->ffn_sub_norm;
   const char *name = NULL;
+  *why = "llama.cpp and bitnet.cpp have no reward models of this kind";
+  if (c->value_head) return NULL;
   *why = "no architecture of llama.cpp or bitnet.cpp has this combination of norms and biases";
   if (subs == 1) {
     *why = "llama.cpp and bitnet.cpp have both sub-norms or none";

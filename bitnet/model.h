@@ -41,6 +41,7 @@ typedef struct {
   int qkv_bias, o_bias, qk_norm;    // what converted models bring along
   int tie_embeddings;               // the classifier is the embedding table
   int act_bits;                     // 8 or 4; 0 = only weights are quantised
+  int value_head;                   // 1: a reward model, which gives each text one number (bitnet/value.h)
   float init_std;
 } Config;
 
@@ -97,6 +98,7 @@ typedef struct {
   int count;
   LayerSlots *layers;
   size_t embed, final_norm, head;   // head == embed when tied
+  size_t value, value_bias;         // of a reward model, otherwise NONE
   size_t floats;                    // size of an arena
   int frozen;                       // matrices and embeddings have no place in the arena: their offsets are NONE
 } TensorTable;
@@ -125,7 +127,7 @@ static void build_table_(TensorTable *t, const Config *c, int frozen) {
   const int matrix = TERNARY | DECAY;
   memset(t, 0, sizeof *t);
   t->frozen = frozen;
-  t->tensors = (Tensor *)xcalloc((size_t)c->layers * 17 + 3, sizeof(Tensor));
+  t->tensors = (Tensor *)xcalloc((size_t)c->layers * 17 + 5, sizeof(Tensor));
   t->layers = (LayerSlots *)xcalloc((size_t)c->layers, sizeof(LayerSlots));
   t->embed = add_tensor_(t, EMBED | DECAY, V, C, "model.embed_tokens.weight", 0);
   for (int l = 0; l < c->layers; l++) {
@@ -155,6 +157,8 @@ static void build_table_(TensorTable *t, const Config *c, int frozen) {
   }
   t->final_norm = add_tensor_(t, NORM, C, 0, "model.norm.weight", 0);
   t->head = c->tie_embeddings ? t->embed : add_tensor_(t, EMBED | DECAY, V, C, "lm_head.weight", 0);
+  t->value = c->value_head ? add_tensor_(t, DECAY, 1, C, "score.weight", 0) : NONE;
+  t->value_bias = c->value_head ? add_tensor_(t, BIAS, 1, 0, "score.bias", 0) : NONE;
   t->floats = (t->floats + 15) / 16 * 16;
 }
 #pragma GCC diagnostic pop

@@ -23,6 +23,7 @@ enum { LR_COSINE, LR_TWO_STAGE, LR_FAQ, LR_WSD, LR_LINEAR, LR_CONSTANT };
 enum { QA_PLAIN, QA_SEED003, QA_CHATML };
 enum { UNIT_CORRECTION, UNIT_BATCH };
 enum { SECOND_DELTA, SECOND_GROUP };
+enum { SCORER_TRANSFORMER, SCORER_LINEAR };
 enum {
   LAMBDA_WARMUP, LAMBDA_LINEAR, LAMBDA_ACCELERATED, LAMBDA_COSINE, LAMBDA_EXPONENTIAL, LAMBDA_SIGMOID, LAMBDA_STEP, LAMBDA_NONE
 };
@@ -32,8 +33,8 @@ enum {
 enum {
   GROUP_MODEL = 1, GROUP_TRAINING = 2, GROUP_DATA = 4, GROUP_SHARED = 8, GROUP_RUNNING = 16, GROUP_INFERENCE = 32, GROUP_GENERAL = 64,
   GROUP_COMMAND = 128,   // about this one call of the program: never stored
-  GROUP_CONVERT = 256, GROUP_GRPO = 512, GROUP_QA = 1024,
-  RESULT_GROUPS = GROUP_MODEL | GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_GRPO | GROUP_QA,
+  GROUP_CONVERT = 256, GROUP_GRPO = 512, GROUP_QA = 1024, GROUP_REWARD = 2048,
+  RESULT_GROUPS = GROUP_MODEL | GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_GRPO | GROUP_QA | GROUP_REWARD,
   STORED_GROUPS = RESULT_GROUPS | GROUP_RUNNING   // what a run folder and a checkpoint remember
 };
 
@@ -112,6 +113,10 @@ default, names separated by |, help; its value is the index of the name. A switc
   REAL(GRPO, beta, 0.01, 0, 1e6, "weight of the distance from the model at the start; 0 = no such penalty")                         \
   CHOICE(GRPO, kl, 0, "full|k3|k2|k1|seed|forward", "how that distance is computed: exactly (full, forward), or one of the estimates")\
   TEXT(GRPO, reward, "", "exact, f1, numeric, accuracy, arithmetic, or a weighted sum: f1:0.7,exact:0.3; empty: arithmetic or f1")  \
+  TEXT(GRPO, reward_model, "", "reward models that score answers: DIR or DIR:weight, separated by commas (also: reward_models)")    \
+  TEXT(GRPO, reward_weights, "", "their weights as a list of its own")                                                              \
+  REAL(GRPO, rule_weight, -1, -1, 1, "share of the rules beside reward models; -1 = 0, or 0.5 where reward= is given")              \
+  INT(GRPO, reward_raw, 0, 0, 1, "reward models: the raw value instead of its sigmoid, which is between 0 and 1 like the rules")    \
   INT(GRPO, two_layer, 0, 0, 1, "the model also corrects its answers and learns from the rise of the reward")                       \
   TEXT(GRPO, guiding_prompt, "Review and correct the answer:",                                                                       \
     "two_layer: what asks for the correction: a text, or a file of texts (.json or lines)")                                          \
@@ -128,6 +133,9 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(GRPO, buffer_size, 256, 0, 65536, "two_layer: improved corrections that are kept and trained again")                          \
   INT(GRPO, buffer_age, 50, 0, INT_MAX, "two_layer: for so many steps; 0 = as long as there is room")                               \
   TEXT(GRPO, csv_log, "", "append a row for every step to this CSV file")                                                           \
+                                                                                                                                    \
+  CHOICE(REWARD, scorer, 0, "transformer|linear", "a network that reads question and answer, or a number for each word")            \
+  REAL(REWARD, holdout, 0.1, 0, 0.9, "files: part of the questions that is only for evaluation; not used with val_data")            \
                                                                                                                                     \
   INT(SHARED, seed, 1337, 0, INT_MAX, "number that all random choices depend on")                                                   \
   CHOICE(SHARED, precision, 0, "bf16|fp32", "operands of float products; sums are fp32 always")                                     \
@@ -249,7 +257,7 @@ static const char *const option_aliases[][2] = {
     {"rmsnorm_post_attn", "attn_sub_norm"}, {"base_model", "init"}, {"model_path", "init"}, {"dataset", "data"},
     {"output_dir", "run_dir"}, {"out_dir", "run_dir"}, {"run_id", "name"},
     {"save_interval", "save_every"}, {"steps_per_eval", "eval_every"}, {"steps_per_report", "log_every"}, {"max_new_tokens", "n"},
-    {"log_interval", "log_every"}, {"template", "qa_template"}, {"loss_reduction", "loss_type"}, {"num_layers", "layers"}, {"hidden_size", "dim"}, {"intermediate_size", "ffn_dim"}, {"vocab_size", "vocab"}};
+    {"log_interval", "log_every"}, {"template", "qa_template"}, {"reward_models", "reward_model"}, {"loss_reduction", "loss_type"}, {"num_layers", "layers"}, {"hidden_size", "dim"}, {"intermediate_size", "ffn_dim"}, {"vocab_size", "vocab"}};
 
 // The same where a name means something else in one mode.
 static const char *const option_mode_aliases[][3] = {{"grpo", "max_length", "max_new"}, {"grpo", "max_completion_length", "max_new"}};
@@ -304,11 +312,19 @@ static const Preset grpo_presets[] = {
      "steps=400 batch_size=32 group_size=8 grad_accum=8 beta=0.001 lr=1e-3 warmup_steps=5 min_lr=0 weight_decay=0 lambda_schedule=none qa_template=plain "
      "guiding_prompt== second_max_length=5"}};
 
+// Presets of the mode reward. With init= the shape is the model's.
+static const Preset reward_presets[] = {
+    {"pairs", "better and worse answers from a file: data=FILE.jsonl; the network starts from init=MODEL, or from random weights",
+     "data= dim=512 layers=6 heads=8 ffn_dim=2048 steps=200 batch_size=8 lr=1e-4 warmup_steps=10 min_lr=0 lambda_schedule=none"},
+    {"arithmetic", "right and wrong results of sums and differences",
+     "dim=128 layers=3 heads=4 ffn_dim=384 steps=600 batch_size=128 lr=2e-3 warmup_steps=20 min_lr=0 init_std=0.1 lambda_schedule=none qa_template=plain"},
+    {"linear", "the smallest one, from a file: which words good answers use", "scorer=linear data= steps=100 lr=0.1"}};
+
 // By the number that a mode has in its column "presets"; 0: it takes none.
 static const struct {
   const Preset *list;
   size_t n;
-} preset_lists[] = {{NULL, 0}, {presets, ARRAY_LEN(presets)}, {grpo_presets, ARRAY_LEN(grpo_presets)}};
+} preset_lists[] = {{NULL, 0}, {presets, ARRAY_LEN(presets)}, {grpo_presets, ARRAY_LEN(grpo_presets)}, {reward_presets, ARRAY_LEN(reward_presets)}};
 
 
 // ---------------------------------------------------------------------------------------------------------
@@ -562,7 +578,7 @@ static void preset_apply_(Options *o, const Preset *p) {
 // Prints the table (all of it, or the groups of one mode) to stdout.
 UNUSED static void options_help(const Mode *modes, size_t n_modes, const Mode *mode) {
   static const char *const titles[] = {"Model", "Training", "Data", "Seed and precision", "Running", "Inference", "General", "This call", "Convert",
-                                       "Reinforcement", "Questions"};
+                                       "Reinforcement", "Questions", "Reward model"};
   Options o;
   options_defaults(&o);
   printf("usage: ./train_bitnet [MODE] [PRESET | DIR] [key=value | --key=value | --key value]...\n\n");
@@ -573,7 +589,7 @@ UNUSED static void options_help(const Mode *modes, size_t n_modes, const Mode *m
   }
   for (size_t k = 1; k < ARRAY_LEN(preset_lists); k++) {
     if (mode && mode->presets != (int)k) continue;
-    printf(k == 1 ? "\nPresets\n" : "\nPresets of the mode grpo\n");
+    printf("\nPresets%s\n", k == 1 ? "" : k == 2 ? " of the mode grpo" : " of the mode reward");
     for (size_t i = 0; i < preset_lists[k].n; i++) printf("  %-12s %s\n", preset_lists[k].list[i].name, preset_lists[k].list[i].about);
   }
   for (int g = 0; g < (int)ARRAY_LEN(titles); g++) {
@@ -623,7 +639,7 @@ UNUSED static const Mode *options_parse(Options *o, int argc, char **argv, const
         free(o->dir);
         o->dir = xstrdup(arg);
       } else {
-        const char *names[ARRAY_LEN(presets) + ARRAY_LEN(grpo_presets) + 64];
+        const char *names[ARRAY_LEN(presets) + ARRAY_LEN(grpo_presets) + ARRAY_LEN(reward_presets) + 64];
         size_t n = 0;
         for (size_t k = 0; k < n_modes && k < 64 && i == 1; k++) names[n++] = modes[k].name;
         for (size_t k = 0; k < preset_lists[mode->presets].n; k++) names[n++] = preset_lists[mode->presets].list[k].name;

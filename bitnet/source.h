@@ -224,6 +224,7 @@ UNUSED static void config_read_json_(Config *c, WeightForm *form, const char *di
     c->o_bias = config_int_(path, own, "o_bias", c->o_bias);
     c->qk_norm = config_int_(path, own, "qk_norm", c->qk_norm);
     c->act_bits = config_int_(path, own, "act_bits", 8);
+    c->value_head = config_int_(path, own, "value_head", 0) != 0;
   }
   memset(form, 0, sizeof *form);
   config_read_form_(path, quant, c, form);

@@ -34,6 +34,7 @@ from it ends with the same bits as a run that never stopped.
 typedef struct {
   double val_loss, exact_match;
   double second_match;   // grpo with two_layer: the score of corrections
+  double pair_accuracy;  // reward models: how often the better of two answers has the higher value
 } Metrics;
 
 // The work of one phase of a step.
@@ -303,7 +304,7 @@ UNUSED static void trainer_open(Trainer *t, const Options *o, const Hooks *hooks
   t->tok = tok;
   t->schedule = schedule_from_options(o);
   t->lambda_ramp = lambda_ramp_steps(o);
-  t->last.val_loss = t->last.exact_match = t->last.second_match = NAN;
+  t->last.val_loss = t->last.exact_match = t->last.second_match = t->last.pair_accuracy = NAN;
   t->batches = (Batch *)xcalloc((size_t)o->grad_accum, sizeof(Batch));
   for (int i = 0; i < o->grad_accum; i++) batch_alloc(&t->batches[i], m->B, m->T);
   t->host_coef = (float *)xcalloc((size_t)m->R, sizeof(float));
@@ -515,7 +516,7 @@ static void log_step_(Trainer *t, const StepReport *r) {
 static int evaluate_(Trainer *t) {
   if (t->hooks->evaluate == NULL) return 0;
   model_quantize(t->m, 1.0f);
-  t->last.val_loss = t->last.exact_match = t->last.second_match = NAN;
+  t->last.val_loss = t->last.exact_match = t->last.second_match = t->last.pair_accuracy = NAN;
   t->hooks->evaluate(t->hooks->ctx, t->m, &t->last);
   return !isnan(t->last.val_loss) || !isnan(t->last.exact_match);
 }
@@ -536,12 +537,17 @@ static void evaluate_and_log_(Trainer *t) {
     strbuf_printf(&b, ", \"second_match\": ");
     json_put_number(&b, t->last.second_match);
   }
+  if (!isnan(t->last.pair_accuracy)) {
+    strbuf_printf(&b, ", \"pair_accuracy\": ");
+    json_put_number(&b, t->last.pair_accuracy);
+  }
   strbuf_printf(&b, "}\n");
   run_log_(t, &b);
   end_line_(t);
   fprintf(stderr, "evaluation at step %lld, lambda = 1: val_loss %.4f", (long long)t->state.step, t->last.val_loss);
   if (!isnan(t->last.exact_match)) fprintf(stderr, ", exact_match %.4f", t->last.exact_match);
   if (!isnan(t->last.second_match)) fprintf(stderr, ", corrected %.4f", t->last.second_match);
+  if (!isnan(t->last.pair_accuracy)) fprintf(stderr, ", pair_accuracy %.4f", t->last.pair_accuracy);
   fprintf(stderr, "\n");
   strbuf_free(&b);
 }
@@ -626,6 +632,7 @@ UNUSED static void trainer_train(Trainer *t) {
   if (!finished) fprintf(stderr, "saved; go on with: resume=%s\n", t->run);
   printf("done: steps %lld val_loss %.4f", (long long)t->state.step, t->last.val_loss);
   if (!isnan(t->last.exact_match)) printf(" exact_match %.4f", t->last.exact_match);
+  if (!isnan(t->last.pair_accuracy)) printf(" pair_accuracy %.4f", t->last.pair_accuracy);
   printf(" seconds %.1f run %s\n", time_now() - t->began, t->run);
   fflush(stdout);
 }

@@ -204,7 +204,7 @@ UNUSED static void mode_eval(Options *o) {
   Model m;
   Tokenizer tok;
   Evaluation e;
-  Metrics found = {NAN, NAN, NAN};
+  Metrics found = {NAN, NAN, NAN, NAN};
   StrBuf samples = {NULL, 0, 0};
   checkpoint_path(dir, sizeof dir, o->dir);
   checkpoint_options(o, dir);

@@ -25,6 +25,7 @@ samples augmentation_size corrections. How much the reward rises is the correcti
 #include "chat.h"
 #include "pretrain.h"
 #include "question.h"
+#include "scorer.h"
 
 // ---------------------------------------------------------------------------------------------------------
 // Rewards: a weighted mean of rules.
@@ -92,6 +93,8 @@ typedef struct {
   int end, pad;               // the token that ends an answer, and the one that fills rows
   PolicyLoss loss;
   RewardRules rules;
+  RewardModels models;        // none: n = 0
+  double rule_weight;         // share of the rules in a reward
   Guides guides;
   // questions
   int arithmetic;
@@ -107,8 +110,9 @@ typedef struct {
   SampleSet *set;             // of the two, the one that is trained
   SuccessRing ring;
   StrBuf *first_text;         // [first.cap] of two_layer: the answers and rewards of the first layer, in the order of the questions
-  double *first_reward;
+  double *first_reward, *first_rule;
   double *rewards, *A;        // [first.cap or second.cap]
+  double *rule;               // [the same] what the rules alone give
   double *corrected;          // [second.cap] 1: the correction improved
   size_t sequences, tokens;   // of the update, with those that samples_merge has left out
   int at;                     // sample of the first row of the newest micro-batch
@@ -122,6 +126,7 @@ typedef struct {
   double loss1, loss2;        // of the first update of each
   int updates;                // finished ones of the phase
   double reward, length, advantage;
+  double rule_reward, *model_rewards;   // of the first layer: means of the rules and of each reward model
   double improvement, right_after_wrong, wrong_after_right, reward2;   // of the corrections
   int equal_groups, corrections, replayed, cut, trained2;
   FILE *csv;
@@ -214,11 +219,36 @@ static void collect_answers_(Grpo *g, SampleSet *set, uint64_t seed, int max_new
   }
 }
 
+// The rewards of all answers in set, `each` of them to one of the first layer's: what the rules say, and with reward models a weighted mean
+// of both.
+static void collect_rewards_(Grpo *g, SampleSet *set, int64_t step, int each) {
+  const char *query, *gold;
+  int n = set->n, models = g->models.n > 0;
+  char **queries = (char **)xcalloc((size_t)n, sizeof(char *));
+  const char **texts = (const char **)xcalloc((size_t)n, sizeof(char *));
+  double *scores = (double *)xcalloc((size_t)n, sizeof(double));
+  for (int i = 0; i < n; i++) {
+    Sample *x = &set->items[i];
+    question_of_(g, step, i / each, &query, &gold);
+    x->reward = g->rule[i] = rules_score_(&g->rules, query, gold, x->text.data, x->ended);
+    queries[i] = models ? xstrdup(query) : NULL;
+    texts[i] = x->text.data;
+  }
+  if (models) reward_models_score(&g->models, (const char *const *)queries, texts, n, scores);
+  for (int i = 0; i < n && models; i++)
+    set->items[i].reward = g->rule_weight * g->rule[i] + (1 - g->rule_weight) * scores[i];
+  for (int i = 0; i < n; i++) free(queries[i]);
+  free(queries);
+  free(texts);
+  free(scores);
+}
+
 // Remembers what the second layer needs of the first, whose samples are exchanged and left out next.
 static void keep_first_(Grpo *g) {
   for (int i = 0; i < g->first.n; i++) {
     const Sample *x = &g->first.items[i];
     g->first_reward[i] = x->reward;
+    g->first_rule[i] = g->rule[i];
     g->first_text[i].len = 0;
     strbuf_append(&g->first_text[i], x->text.data, x->text.len);
   }
@@ -240,12 +270,14 @@ static void collect_first_(Grpo *g, int64_t step, Work *work) {
     set->items[i].number = (uint64_t)step * (uint64_t)set->n + (uint64_t)i;
   }
   collect_answers_(g, set, (uint64_t)o->seed, o->max_new);
-  g->reward = g->length = g->advantage = 0;
+  collect_rewards_(g, set, step, 1);
+  g->reward = g->rule_reward = g->length = g->advantage = 0;
+  for (int k = 0; k < g->models.n; k++) g->model_rewards[k] = g->models.list[k].mean;
   for (int i = 0; i < set->n; i++) {
     Sample *x = &set->items[i];
-    question_of_(g, step, i, &query, &gold);
-    g->rewards[i] = x->reward = rules_score_(&g->rules, query, gold, x->text.data, x->ended);
+    g->rewards[i] = x->reward;
     g->reward += x->reward / set->n;
+    g->rule_reward += g->rule[i] / set->n;
     g->length += (double)x->n_answer / set->n;
   }
   g->equal_groups = advantages(g->A, g->rewards, (size_t)groups, (size_t)G, o->advantage);
@@ -298,17 +330,17 @@ static void collect_second_(Grpo *g, int64_t step, Work *work) {
   collect_answers_(g, set, rng_u64((uint64_t)o->seed, RNG_SAMPLE, 2), o->second_max_length);
   g->improvement = g->right_after_wrong = g->wrong_after_right = g->reward2 = 0;
   g->corrections = set->n;
+  collect_rewards_(g, set, step, H);
   for (int i = 0; i < set->n; i++) {
     Sample *x = &set->items[i];
-    double first = g->first_reward[i / H];
+    double first = g->first_reward[i / H], first_rule = g->first_rule[i / H];
     question_of_(g, step, i / H, &query, &gold);
-    x->reward = rules_score_(&g->rules, query, gold, x->text.data, x->ended);
     x->advantage = x->reward - first;
     g->corrected[i] = correction_improved(o->verifier_mode, o->improvement_threshold, first, x->reward, x->text.data, gold);
     g->improvement += g->corrected[i] / set->n;
     g->reward2 += x->reward / set->n;
-    g->right_after_wrong += (first < 1 && x->reward >= 1) / (double)set->n;
-    g->wrong_after_right += (first >= 1 && x->reward < 1) / (double)set->n;
+    g->right_after_wrong += (first_rule < 1 && g->rule[i] >= 1) / (double)set->n;
+    g->wrong_after_right += (first_rule >= 1 && g->rule[i] < 1) / (double)set->n;
   }
   g->corrected_texts = 0;
   for (int i = 0; i < set->n && g->corrected_texts < CSV_TEXTS; i++) {
@@ -335,12 +367,13 @@ static void collect_second_(Grpo *g, int64_t step, Work *work) {
   double *rises = g->corrected + set->cap;
   memcpy(rises, g->rewards, (size_t)set->n * sizeof(double));
   second_advantages_(g, set);
-  collect_end_(g, set, 1, work);
+  collect_end_(g, set, o->second_advantage == SECOND_GROUP ? H : 1, work);
 }
 
-// After the updates of the second layer its successes enter the ring.
+// After the updates of the second layer its successes enter the ring, unless they are compared with each other and not with the first answer.
 static void collect_successes_(Grpo *g, int64_t step) {
   const double *rises = g->corrected + g->second.cap;
+  if (g->o->second_advantage == SECOND_GROUP) return;
   for (int i = 0; i < g->trained2; i++) {
     if (!g->corrected[i]) continue;
     g->second.items[i].advantage = rises[i];
@@ -405,6 +438,12 @@ static void grpo_report_(void *ctx, StrBuf *b) {
   const PolicyStats *s = &g->stats;
   double n = s->tokens > 0 ? s->tokens : 1;
   put_number_(b, "reward", g->reward);
+  if (g->models.n > 0) put_number_(b, "rule_reward", g->rule_reward);
+  for (int k = 0; k < g->models.n; k++) {
+    char key[32];
+    snprintf(key, sizeof key, "model_%d", k + 1);
+    put_number_(b, key, g->model_rewards[k]);
+  }
   put_number_(b, "kl", s->kl / n);
   put_number_(b, "ratio", s->ratio / n);
   put_number_(b, "ratio_min", s->ratio_min);
@@ -437,8 +476,16 @@ static void grpo_progress_(void *ctx, StrBuf *b) {
 // ---------------------------------------------------------------------------------------------------------
 // The CSV log: a row for each step, texts quoted as RFC 4180 says.
 
+// The header's line, in static storage.
 static const char *csv_header_(const Options *o) {
-  return o->two_layer ? "step,loss,mean_reward,kl,improvement_rate,corrected_1,corrected_2,corrected_3\n" : "step,loss,mean_reward,kl\n";
+  static char header[4096];
+  int n = snprintf(header, sizeof header, "step,loss,mean_reward,kl%s%s",
+                   o->two_layer ? ",improvement_rate,corrected_1,corrected_2,corrected_3" : "", o->reward_model[0] ? ",rule_reward" : "");
+  int models = o->reward_model[0] != 0;
+  for (const char *p = o->reward_model; *p; p++) models += *p == ',';
+  for (int k = 1; k <= models && n < 4000; k++) n += snprintf(header + n, sizeof header - (size_t)n, ",model_%d", k);
+  snprintf(header + n, sizeof header - (size_t)n, "\n");
+  return header;
 }
 
 // Where the record that begins at p ends: behind a line end that is not inside quotes.
@@ -508,6 +555,8 @@ static void grpo_finish_(void *ctx, int64_t step) {
       else fputc(',', g->csv);
     }
   }
+  if (g->models.n > 0) fprintf(g->csv, ",%.9g", g->rule_reward);
+  for (int k = 0; k < g->models.n; k++) fprintf(g->csv, ",%.9g", g->model_rewards[k]);
   fputc('\n', g->csv);
   fflush(g->csv);
 }
@@ -715,6 +764,8 @@ static void grpo_check_options_(const Options *o) {
     die(EXIT_USAGE, "lambda_schedule=%s: sampling and training must be the same network, lambda = 1; leave it at none",
         option_choice_name("lambda_schedule", o->lambda_schedule));
   if (o->group_size < 2) die(EXIT_USAGE, "group_size=1: an answer is compared with the others of its group; a group of 1 has no signal");
+  if (o->reward_model[0] == 0 && (o->reward_weights[0] || o->rule_weight >= 0 || o->reward_raw))
+    die(EXIT_USAGE, "reward_weights, rule_weight and reward_raw say how reward models count; give them with reward_model=DIR");
   if (o->two_layer && o->second_advantage == SECOND_GROUP && o->augmentation_size < 2)
     die(EXIT_USAGE, "second_advantage=group compares the corrections of an answer; augmentation_size must be at least 2");
   if ((long long)o->batch_size * o->group_size > 1 << 20)
@@ -737,7 +788,7 @@ static void grpo_read_(Grpo *g, Options *o, const Config *c) {
   const char *guide = o->guiding_prompt;
   if (o->two_layer) guides_open(&g->guides, guide, o->guiding_probabilities, o->guiding_schedule);
   if (o->csv_log[0]) csv_check_(o);
-  g->end = o->qa_template == QA_CHATML ? tokenizer_id(g->tok, "<|im_end|>", 10) : g->tok->eos_id;
+  g->end = end_token(g->tok, o->qa_template);
   if (g->end < 0)
     die(EXIT_USAGE, "the tokenizer has no token that ends an answer (%s)", o->qa_template == QA_CHATML ? "<|im_end|>" : "</s>");
   g->pad = g->tok->pad_id >= 0 ? g->tok->pad_id : 0;
@@ -759,9 +810,11 @@ static void grpo_alloc_(Grpo *g, Model *m) {
     if ((size_t)most > cap) cap = (size_t)most;
     g->corrected = (double *)xcalloc(2 * (size_t)most, sizeof(double));
     g->first_text = (StrBuf *)xcalloc((size_t)n, sizeof(StrBuf));
-    g->first_reward = (double *)xcalloc((size_t)n, sizeof(double));
+    g->first_reward = (double *)xcalloc(2 * (size_t)n, sizeof(double));
+    g->first_rule = g->first_reward + n;
   }
-  g->rewards = (double *)xcalloc(cap, sizeof(double));
+  g->rewards = (double *)xcalloc(2 * cap, sizeof(double));
+  g->rule = g->rewards + cap;
   g->A = (double *)xcalloc(cap, sizeof(double));
   g->host_coef = (float *)xcalloc(R, sizeof(float));
   g->rows.weight = (float *)xcalloc(5 * R, sizeof(float));
@@ -793,6 +846,8 @@ static void grpo_free_(Grpo *g) {
   }
   for (int i = 0; i < CSV_TEXTS; i++) strbuf_free(&g->corrected_text[i]);
   if (g->csv) fclose(g->csv);
+  if (g->models.n > 0) reward_models_free(&g->models);
+  free(g->model_rewards);
   free(g->corrected);
   free(g->rewards);
   free(g->A);
@@ -825,6 +880,7 @@ UNUSED static void mode_grpo(Options *o) {
     // The reference is this very checkpoint, also when the run is resumed from another directory.
     if (realpath(from, full) == NULL) die(EXIT_USAGE, "init: cannot read %s: %s", from, strerror(errno));
     options_set(o, "init", full, FROM_USER);
+    if (o->reward_model[0]) reward_models_resolve(o);
   }
   grpo_check_options_(o);
   snprintf(start, sizeof start, "%s", o->init);
@@ -843,6 +899,12 @@ UNUSED static void mode_grpo(Options *o) {
   if (o->dry_run) {
     grpo_dry_run_(o, &c, rows);
     return;
+  }
+  g.rule_weight = 1;
+  if (o->reward_model[0]) {
+    reward_models_open(&g.models, o);
+    g.model_rewards = (double *)xcalloc((size_t)g.models.n, sizeof(double));
+    g.rule_weight = o->rule_weight >= 0 ? o->rule_weight : o->reward[0] ? 0.5 : 0;
   }
   model_load(&m, from, o->precision);
   m.dx_int8 = o->dx_int8 && o->precision == PRECISION_BF16;

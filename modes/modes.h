@@ -17,6 +17,7 @@ Defines:     run_mode.
 #include "logits.h"
 #include "perplexity.h"
 #include "pretrain.h"
+#include "reward.h"
 #include "tokenize.h"
 
 // The first is the default. Columns: name, arguments, what it does, groups of options, list of presets, takes a directory
@@ -30,6 +31,8 @@ static const Mode modes[] = {
      GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_INFERENCE | GROUP_QA, 0, 1, mode_eval},
     {"grpo", "[PRESET] init=DIR [data=FILE]", "improve a model by rewards: its own answers, good ones made more likely; go on with resume=RUN",
      GROUP_GRPO | GROUP_QA | GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_COMMAND, 2, 0, mode_grpo},
+    {"reward", "[PRESET] [data=FILE] [init=DIR]", "train a reward model: which of two answers is better; go on with resume=RUN",
+     GROUP_REWARD | GROUP_QA | GROUP_MODEL | GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_RUNNING | GROUP_COMMAND, 3, 0, mode_reward},
     {"logits", "DIR ids=\"1 2 3\"", "one line per position with all logits, for checking against a reference", GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_logits},
     {"perplexity", "DIR file=TEXT | data=GLOB", "how well a model predicts a text, per token and per byte", GROUP_TRAINING | GROUP_DATA | GROUP_SHARED | GROUP_INFERENCE, 0, 1, mode_perplexity},
     {"convert", "init=MODEL out=DIR | params=750M out=DIR", "write a model in another form, or make a new one",

@@ -125,6 +125,7 @@ static void glu_quant_recorded(QAct *out, double *rstd, const double *gate_up, c
 #define rmsnorm_quant_forward rmsnorm_quant_recorded
 #define glu_quant_forward glu_quant_recorded
 #include "../../bitnet/policy.h"   // and bitnet/losses.h, bitnet/model.h
+#include "../../bitnet/value.h"
 #undef act_quant_forward
 #undef rmsnorm_quant_forward
 #undef glu_quant_forward
@@ -789,6 +790,61 @@ static void test_policy_head(void) {
   model_free(&ref);
 }
 
+// ---------------------------------------------------------------------------------------------------------
+// Reward models: a pair and a labelled answer, from their losses down to the embedding.
+
+typedef struct {
+  Model *m;
+  ValueHead head;
+  double values[3], slopes[3];
+} ValueCase;
+
+static double f_value(void *arg) {
+  ValueCase *v = (ValueCase *)arg;
+  double slope;
+  model_quantize(v->m, 0);
+  model_forward(v->m);
+  value_forward(&v->head, v->m, 3, v->values);
+  double loss = loss_pair(v->values[0], v->values[1], &v->slopes[0]);
+  v->slopes[1] = -v->slopes[0];
+  loss += 0.7 * loss_label(v->values[2], 1, &slope);
+  v->slopes[2] = 0.7 * slope;
+  return loss;
+}
+
+static void test_value_head(void) {
+  static const int ends[3] = {3, 6, BT_ - 1};   // in three documents, not always their last token
+  Config c = tiny_config(BITNET_STYLE);
+  Model m;
+  ValueCase v;
+  c.value_head = 1;
+  open_tiny(&m, &c, 0);
+  memset(&v, 0, sizeof v);
+  v.m = &m;
+  value_open(&v.head, &m, 3);
+  memcpy(v.head.end, ends, sizeof ends);
+  f_value(&v);
+  double *start = added_to(m.table.floats);
+  memcpy(m.grads, start, m.table.floats * sizeof(double));
+  value_backward(&v.head, &m, 3, v.slopes);
+  model_backward(&m);
+  take_off(m.grads, start, m.table.floats);
+  for (int i = 0; i < m.table.count; i++) {
+    const Tensor *t = &m.table.tensors[i];
+    char name[160];
+    snprintf(name, sizeof name, "value head: %s", t->name);
+    check_gradient(name, m.params + t->offset, m.grads + t->offset, t->n, f_value, &v, 1e-5, MODEL_BOUND);
+  }
+  // Values far from 0: no overflow, and the slope of the losing side stays.
+  double slope;
+  CHECK(fabs(loss_pair(-900, 900, &slope) - 1800) < 1e-9 && slope == -1, "a pair far off: slope %g", slope);
+  CHECK(loss_pair(900, -900, &slope) == 0 && slope == 0, "a pair far apart: slope %g", slope);
+  CHECK(fabs(loss_label(-900, 1, &slope) - 900) < 1e-9 && slope == -1, "a label far off: slope %g", slope);
+  value_free(&v.head);
+  free(start);
+  model_free(&m);
+}
+
 static const Test tests[] = {
   {"embedding", "dwte", test_embedding},
   {"rmsnorm", "dx, dgain", test_rmsnorm},
@@ -802,6 +858,7 @@ static const Test tests[] = {
   {"cross_entropy", "dlogits with coefficients and ignored targets", test_cross_entropy},
   {"policy_op", "dlogits of a policy near a reference", test_policy_op},
   {"policy_head", "the clipped objective: every penalty, every reduction", test_policy_head},
+  {"value_head", "reward models: losses of pairs and labels, all parameters", test_value_head},
   {"model_float", "all parameters of three models at lambda = 0", test_model_float},
   {"model_straight_through", "all parameters at lambda = 1 and 0.3, rounding errors held", test_model_straight_through},
   {"model_recompute", "the same with recomputed activations", test_model_recompute},
