@@ -100,6 +100,7 @@ UNUSED static void samples_draw(SampleSet *s, int first, int n, Session *session
     prompts[i].number = x->number;
     prompts[i].out = x->ids + x->n_prompt;
     prompts[i].logp = x->logp;
+    prompts[i].shares = i > 0 && x->n_prompt == x[-1].n_prompt && memcmp(x->ids, x[-1].ids, (size_t)x->n_prompt * sizeof(int)) == 0;
   }
   generate(session, &sampler, prompts, n, max_new, end, session->m->c.vocab, NULL, NULL);
   for (int i = 0; i < n; i++) {

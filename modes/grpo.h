@@ -122,6 +122,7 @@ typedef struct {
   double loss1, loss2;        // of the first update of each
   int updates;                // finished ones of the phase
   double reward, length, advantage;
+  double sampled, sampling;   // tokens of all answers and corrections of the step, and the seconds that it took to sample them
   double improvement, right_after_wrong, wrong_after_right, reward2;   // of the corrections
   int equal_groups, corrections, replayed, cut, trained2;
   FILE *csv;
@@ -206,12 +207,15 @@ static void collect_end_(Grpo *g, SampleSet *set, int G, Work *work) {
   work->batches = g->batches;
 }
 
-// Samples answers to the prompts of all of set.
+// Samples answers to the prompts of all of set, and takes the time.
 static void collect_answers_(Grpo *g, SampleSet *set, uint64_t seed, int max_new) {
-  for (int first = 0; first < set->n; first += g->m->B) {
-    int n = set->n - first < g->m->B ? set->n - first : g->m->B;
+  double began = time_now();
+  for (int first = 0, n; first < set->n; first += n) {
+    n = set->n - first < g->session.sequences ? set->n - first : g->session.sequences;
     samples_draw(set, first, n, &g->session, seed, 0, max_new, g->end, g->tok);
+    for (int i = first; i < first + n; i++) g->sampled += set->items[i].n_answer;
   }
+  g->sampling += time_now() - began;
 }
 
 // Remembers what the second layer needs of the first, whose samples are exchanged and left out next.
@@ -239,6 +243,7 @@ static void collect_first_(Grpo *g, int64_t step, Work *work) {
     sample_prompt_(g, &set->items[i]);
     set->items[i].number = (uint64_t)step * (uint64_t)set->n + (uint64_t)i;
   }
+  g->sampled = g->sampling = 0;
   collect_answers_(g, set, (uint64_t)o->seed, o->max_new);
   g->reward = g->length = g->advantage = 0;
   for (int i = 0; i < set->n; i++) {
@@ -405,6 +410,7 @@ static void grpo_report_(void *ctx, StrBuf *b) {
   const PolicyStats *s = &g->stats;
   double n = s->tokens > 0 ? s->tokens : 1;
   put_number_(b, "reward", g->reward);
+  put_number_(b, "sampled_tok_per_s", g->sampling > 0 ? g->sampled / g->sampling : 0);
   put_number_(b, "kl", s->kl / n);
   put_number_(b, "ratio", s->ratio / n);
   put_number_(b, "ratio_min", s->ratio_min);
@@ -666,6 +672,16 @@ static void resolve_length_(Grpo *g, Options *o, const Config *c) {
         "of %d is too short", g->arithmetic ? query : file, line, second, o->second_max_length, o->seq_len);
 }
 
+/*
+How many answers are sampled at a time: whole micro-batches of `rows`, as many as a step has or as 128 MB of caches allow, at least one. Equal
+beginnings are computed once, so the passes over one micro-batch would be short.
+*/
+static int sampled_together_(const Options *o, const Config *c, int rows) {
+  int n = 1;
+  while (n < o->grad_accum && run_memory(c, o->precision, 0, 0, (n + 1) * rows, o->seq_len, 256).cache <= (size_t)128 << 20) n++;
+  return n * rows;
+}
+
 // Bytes of what comes on top of training: the reference model, and the caches.
 typedef struct {
   size_t reference, rollout;
@@ -679,7 +695,8 @@ static GrpoMemory grpo_memory_(const Options *o, const Config *c, int rows) {
     int has_packed = c->act_bits > 0;
     out.reference = whole.activations + (has_packed ? packed.weights + packed.tables : whole.parameters + whole.weights);
   }
-  out.rollout = run_memory(c, o->precision, 0, 0, rows, o->seq_len, rows > 256 ? rows : 256).cache;
+  int together = sampled_together_(o, c, rows);
+  out.rollout = run_memory(c, o->precision, 0, 0, together, o->seq_len, together > 256 ? together : 256).cache;
   return out;
 }
 
@@ -750,7 +767,8 @@ static void grpo_alloc_(Grpo *g, Model *m) {
   int rows = m->B, T = m->T, n = rows * o->grad_accum;
   size_t R = (size_t)m->R, cap = (size_t)n;
   g->m = m;
-  session_open(&g->session, m, rows, T, rows > 256 ? rows : 256, 1);
+  int together = sampled_together_(o, &m->c, rows);
+  session_open(&g->session, m, together, T, together > 256 ? together : 256, 1);
   samples_open(&g->first, n, T);
   if (o->two_layer) {
     int most = (int)size_mul((size_t)n, (size_t)o->augmentation_size) + o->buffer_size;
