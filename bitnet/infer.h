@@ -7,8 +7,8 @@ What it is:  a Session holds the caches of several sequences side by side and fe
              training recomputes.
 What not:    no chat templates and no files; no threads.
 Read before: bitnet/model.h.
-Defines:     Session, session_open, session_free, session_rows, session_logits, session_best, session_logp, session_forward; RunMemory, run_memory;
-             Sampler, sample_token; Prompt, generate.
+Defines:     Session, session_open, session_free, session_rows, session_logits, session_best, session_logp, session_forward;
+             RunMemory, run_memory; Sampler, sample_token; Prompt, generate.
 */
 #ifndef BITNET_INFER_H
 #define BITNET_INFER_H
@@ -85,7 +85,8 @@ static size_t session_scratch_bytes_(const Session *s) {
 
 // Room for `sequences` caches of `capacity` positions and max_rows rows a call. codes_only: the model stays at lambda = 1.
 UNUSED static void session_open(Session *s, Model *m, int sequences, int capacity, int max_rows, int codes_only) {
-  if (capacity > m->c.max_seq) die(EXIT_USAGE, "a context of %d positions is longer than the model's max_seq=%d", capacity, m->c.max_seq);
+  if (capacity > m->c.max_seq)
+    die(EXIT_USAGE, "a context of %d positions is longer than the model's max_seq=%d", capacity, m->c.max_seq);
   session_shape_(s, m, sequences, capacity, max_rows);
   s->host_logits = (float *)xmalloc(size_mul(size_mul((size_t)s->logit_rows, (size_t)m->c.vocab), sizeof(float)));
   Arena count = {NULL, 0}, arena = {NULL, 0};
@@ -296,13 +297,13 @@ typedef struct {
 } Prompt;
 
 /*
-Which prompts go through the network together. Prompts that share their ids have one cache for as long as their histories are equal, and
-each distinct history is computed once: eight answers to a question cost one prompt, and then as many rows in each step as there are
-different beginnings of an answer. A row's bits do not depend on the other rows, so nothing but the time depends on it.
+Which prompts go through the network together. Prompts that share their ids have one cache for as long as their histories are equal,
+and each distinct history is computed once: eight answers to a question cost one prompt, and then as many rows in each step as there
+are different beginnings of an answer. A row's bits do not depend on the other rows, so nothing but the time depends on it.
 
-When the prompts of cache c draw different tokens, those that go on like the first of them keep it; each other history takes a copy in the
-cache that has the number of its first prompt. That one is free: a prompt in the cache of its own number is the first there for as long
-as it goes on, and never leaves it.
+When the prompts of cache c draw different tokens, those that go on like the first of them keep it; each other history takes a copy in
+the cache that has the number of its first prompt. That one is free: a prompt in the cache of its own number is the first there for as
+long as it goes on, and never leaves it.
 */
 typedef struct {
   int *slot;    // [n] each prompt's cache; -1 once it has ended
@@ -357,8 +358,8 @@ static void branch_take_(Branches_ *b, Session *s, Prompt *prompts, int n, int c
 }
 
 /*
-Log-probabilities of what the prompts of the caches seq[0..rows) have drawn from the last session_logits, a row for each cache. One call of
-the op does a token of every row, so there are as many calls as some row has different tokens. pick, logp: [rows] of scratch.
+Log-probabilities of what the prompts of the caches seq[0..rows) have drawn from the last session_logits, a row for each cache. One
+call of the op does a token of every row, so there are as many calls as some row has different tokens. pick, logp: [rows] of scratch.
 */
 static void branch_logp_(Branches_ *b, Session *s, Prompt *prompts, int n, const int *seq, int rows, int *pick, float *logp) {
   for (int more = 1; more;) {
@@ -405,7 +406,8 @@ UNUSED static void generate(Session *s, const Sampler *sampler, Prompt *prompts,
   for (int i = 0; i < n; i++) {
     int shares = i > 0 && prompts[i].shares;
     if (prompts[i].n_ids < 1) die(EXIT_USAGE, "an empty prompt: there is no token to continue from");
-    if (prompts[i].n_ids > s->capacity) die(EXIT_USAGE, "the prompt has %d tokens, the context only %d", prompts[i].n_ids, s->capacity);
+    if (prompts[i].n_ids > s->capacity)
+      die(EXIT_USAGE, "the prompt has %d tokens, the context only %d", prompts[i].n_ids, s->capacity);
     prompts[i].n_out = prompts[i].ended = 0;
     b.slot[i] = shares ? b.slot[i - 1] : i;
     b.first[i] = shares ? -1 : i;

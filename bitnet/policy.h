@@ -1,12 +1,13 @@
 /*
 policy.h: the loss of reinforcement learning: from sampled answers and their rewards to gradient seeds.
 
-What it is:  advantages of a group of answers, the clipped objective with its penalty for leaving the reference model, and the head that
-             runs them over blocks of logits. A sampled token's gradient is advantage * (onehot - softmax), which is the gradient of
-             cross-entropy with another coefficient; only the exact penalty (KL_FULL) needs an op of its own.
+What it is:  advantages of a group of answers, the clipped objective with its penalty for leaving the reference model, and the head
+             that runs them over blocks of logits. A sampled token's gradient is advantage * (onehot - softmax), which is the gradient
+             of cross-entropy with another coefficient; only the exact penalty (KL_FULL) needs an op of its own.
 What not:    no sampling and no rewards (modes/grpo.h), no layers.
 Read before: bitnet/losses.h.
-Defines:     PolicyLoss, policy_needs_logits, advantages, policy_token, policy_weight, PolicyRows, PolicyStats, policy_logp, head_policy.
+Defines:     PolicyLoss, policy_needs_logits, advantages, policy_token, policy_weight, PolicyRows, PolicyStats, policy_logp,
+             head_policy.
 
 GRPO ("group relative policy optimization") asks a model the same question G times and compares the answers with each other:
 
@@ -182,11 +183,11 @@ UNUSED static void policy_logp(Model *m, float *logp) {
 
 /*
 The loss over m->final and m->targets, added to *stats. With backward, m->dfinal (=) and the classifier's gradient (+=) are written.
-With KL_FULL and beta > 0, ref is the reference model after model_forward on the same batch; otherwise it is not used. host_coef: [R] floats
-of the caller's.
+With KL_FULL and beta > 0, ref is the reference model after model_forward on the same batch; otherwise it is not used. host_coef: [R]
+floats of the caller's.
 
-As in head_cross_entropy, the logits of head_rows rows exist at a time, those of the reference beside them. They become log-probabilities
-of the targets, the host turns these into a slope for each row, and the logits become their own gradient in place:
+As in head_cross_entropy, the logits of head_rows rows exist at a time, those of the reference beside them. They become
+log-probabilities of the targets, the host turns these into a slope for each row, and the logits become their own gradient in place:
 
     d loss / dz_j = w dlogp ([j = target] - p_j) + w beta p_j ((log p_j - log q_j) - KL)        w: the row's weight
 */
@@ -223,7 +224,8 @@ UNUSED static void head_policy(Model *m, Model *ref, const PolicyLoss *s, const 
       dev_copy_in(ref->coef + r0, host_coef + r0, (size_t)n * sizeof(float));
       model_logits(ref, ref->logits, ref->final + (size_t)r0 * (size_t)ref->c.dim, n);
       cross_entropy_forward(ref->losses + r0, ref->head_lse, ref->logits, targets, n, V);
-      policy_backward(ref->losses + r0, m->logits, m->head_lse, ref->logits, ref->head_lse, targets, m->coef + r0, ref->coef + r0, n, V);
+      policy_backward(ref->losses + r0, m->logits, m->head_lse, ref->logits, ref->head_lse, targets, m->coef + r0, ref->coef + r0, n,
+                      V);
       dev_copy_out(ref->host_losses + r0, ref->losses + r0, (size_t)n * sizeof(float));
       for (int r = r0; r < r0 + n; r++) {
         if (rows->weight[r] == 0) continue;

@@ -10,11 +10,13 @@ Read before: bitnet/policy.h, bitnet/rollout.h, bitnet/guide.h, bitnet/trainer.h
 Defines:     mode_grpo.
 
 A step: grad_accum * batch_size questions, group_size answers to each, one reward for each answer; then num_iterations updates on them.
-Sampling runs on the model that is trained, with the weights that the last update left, quantised at lambda = 1; so do the updates. Both
-run the same ops, and the first update finds every token exactly as likely as it was when it was sampled: ratio 1, to the last bit.
+Sampling runs on the model that is trained, with the weights that the last update left, quantised at lambda = 1; so do the updates.
+Both run the same ops, and the first update finds every token exactly as likely as it was when it was sampled: ratio 1, to the last
+bit.
 
-With two_layer=1 the step goes on: the model, as these updates left it, sees each of its answers with a guiding prompt ("check that") and
-samples augmentation_size corrections. How much the reward rises is the correction's advantage, and a second round of updates follows.
+With two_layer=1 the step goes on: the model, as these updates left it, sees each of its answers with a guiding prompt ("check that")
+and samples augmentation_size corrections. How much the reward rises is the correction's advantage, and a second round of updates
+follows.
 */
 #ifndef MODE_GRPO_H
 #define MODE_GRPO_H
@@ -50,8 +52,8 @@ static RewardRules rules_parse_(const char *text) {
     while (k < RULES && strcmp(rule_names[k], word) != 0) k++;
     if (k == RULES) {
       const char *near = nearest_name(word, rule_names, RULES);
-      die(EXIT_USAGE, "reward: unknown rule '%s'%s%s%s; there are exact, f1, numeric, accuracy, arithmetic", word, near ? "; did you mean '" : "",
-          near ? near : "", near ? "'" : "");
+      die(EXIT_USAGE, "reward: unknown rule '%s'%s%s%s; there are exact, f1, numeric, accuracy, arithmetic", word,
+          near ? "; did you mean '" : "", near ? near : "", near ? "'" : "");
     }
     if (colon && (end == colon + 1 || *end != 0 || !(weight >= 0 && weight <= 1e9)))
       die(EXIT_USAGE, "reward: %s: expected a weight of at least 0, found '%s'", word, colon + 1);
@@ -156,8 +158,8 @@ static void sample_prompt_(Grpo *g, Sample *x) {
 }
 
 /*
-The prompt of a second pass into g->prompt. An answer that is too long loses its beginning, so that `room` new tokens fit into rows of T.
-Returns 1 if it did. That the rest fits was checked when the questions were read.
+The prompt of a second pass into g->prompt. An answer that is too long loses its beginning, so that `room` new tokens fit into rows of
+T. Returns 1 if it did. That the rest fits was checked when the questions were read.
 */
 static int second_prompt_(Grpo *g, const char *query, const char *answer, const char *guide, int room) {
   const Tokenizer *t = g->tok;
@@ -266,9 +268,9 @@ static void collect_first_(Grpo *g, int64_t step, Work *work) {
 }
 
 /*
-The advantages of the corrections in set, which carry their rise. delta: the rise, divided by the root of the mean square of all, and not
-centred: what made an answer better is reinforced even where others gained more. group: as in the first layer, among the corrections of
-one answer.
+The advantages of the corrections in set, which carry their rise. delta: the rise, divided by the root of the mean square of all, and
+not centred: what made an answer better is reinforced even where others gained more. group: as in the first layer, among the
+corrections of one answer.
 */
 static void second_advantages_(Grpo *g, SampleSet *set) {
   const Options *o = g->o;
@@ -295,7 +297,8 @@ static void collect_second_(Grpo *g, int64_t step, Work *work) {
   for (int i = 0; i < set->n; i++) {
     Sample *x = &set->items[i];
     x->number = (uint64_t)step * (uint64_t)set->n + (uint64_t)i;
-    int guide = guides_choose(&g->guides, (uint64_t)o->seed, x->number, o->guiding_schedule_unit == UNIT_BATCH ? (uint64_t)step : x->number);
+    uint64_t turn = o->guiding_schedule_unit == UNIT_BATCH ? (uint64_t)step : x->number;
+    int guide = guides_choose(&g->guides, (uint64_t)o->seed, x->number, turn);
     question_of_(g, step, i / H, &query, &gold);
     g->cut += second_prompt_(g, query, g->first_text[i / H].data, g->guides.texts[guide], o->second_max_length);
     sample_prompt_(g, x);
@@ -444,7 +447,8 @@ static void grpo_progress_(void *ctx, StrBuf *b) {
 // The CSV log: a row for each step, texts quoted as RFC 4180 says.
 
 static const char *csv_header_(const Options *o) {
-  return o->two_layer ? "step,loss,mean_reward,kl,improvement_rate,corrected_1,corrected_2,corrected_3\n" : "step,loss,mean_reward,kl\n";
+  return o->two_layer ? "step,loss,mean_reward,kl,improvement_rate,corrected_1,corrected_2,corrected_3\n"
+                      : "step,loss,mean_reward,kl\n";
 }
 
 // Where the record that begins at p ends: behind a line end that is not inside quotes.
@@ -535,8 +539,8 @@ static const char *held_question_(Grpo *g, size_t i, const char **gold) {
 }
 
 /*
-The mean score of greedy answers to the held-out questions, and with second, of greedy corrections of them with the first guiding prompt.
-texts (or NULL): the first few answers are appended. most: questions at most.
+The mean score of greedy answers to the held-out questions, and with second, of greedy corrections of them with the first guiding
+prompt. texts (or NULL): the first few answers are appended. most: questions at most.
 */
 static void measure_(Grpo *g, size_t most, double *first, double *second, StrBuf *texts) {
   SampleSet *set = &g->first;
@@ -626,8 +630,8 @@ static size_t longest_second_(Grpo *g, const char *query) {
 }
 
 /*
-The length of a row: o->seq_len, or what the longest question with its answers (and corrections) needs, at most the model's context. Exit 2 with
-file and line if a prompt does not fit.
+The length of a row: o->seq_len, or what the longest question with its answers (and corrections) needs, at most the model's context.
+Exit 2 with file and line if a prompt does not fit.
 */
 static void resolve_length_(Grpo *g, Options *o, const Config *c) {
   const QaItem *which = NULL, *which_held = NULL;
@@ -664,17 +668,17 @@ static void resolve_length_(Grpo *g, Options *o, const Config *c) {
   if (o->seq_len > c->max_seq) die(EXIT_USAGE, "seq_len=%d is longer than the model's context of %d", o->seq_len, c->max_seq);
   if (longest > (size_t)o->seq_len) {
     if (g->arithmetic) die(EXIT_USAGE, "the prompt %s has %zu tokens, a row only %d", query, longest, o->seq_len);
-    die(EXIT_USAGE, "%s:%zu: the prompt has %zu tokens, the context only %d; leave the question out or use a model with a longer context",
-        file, line, longest, o->seq_len);
+    die(EXIT_USAGE, "%s:%zu: the prompt has %zu tokens, the context only %d; leave the question out or use a model with a longer "
+        "context", file, line, longest, o->seq_len);
   }
   if (o->two_layer && second + (size_t)o->second_max_length - 1 > (size_t)o->seq_len)
-    die(EXIT_USAGE, "%s:%zu: the prompt of the second pass has %zu tokens without the first answer; with second_max_length=%d the context "
-        "of %d is too short", g->arithmetic ? query : file, line, second, o->second_max_length, o->seq_len);
+    die(EXIT_USAGE, "%s:%zu: the prompt of the second pass has %zu tokens without the first answer; with second_max_length=%d the "
+        "context of %d is too short", g->arithmetic ? query : file, line, second, o->second_max_length, o->seq_len);
 }
 
 /*
-How many answers are sampled at a time: whole micro-batches of `rows`, as many as a step has or as 128 MB of caches allow, at least one. Equal
-beginnings are computed once, so the passes over one micro-batch would be short.
+How many answers are sampled at a time: whole micro-batches of `rows`, as many as a step has or as 128 MB of caches allow, at least
+one. Equal beginnings are computed once, so the passes over one micro-batch would be short.
 */
 static int sampled_together_(const Options *o, const Config *c, int rows) {
   int n = 1;
@@ -709,7 +713,8 @@ static void grpo_dry_run_(const Options *o, const Config *c, int rows) {
   printf("answers: %d per step in rows of %d tokens\n", rows * o->grad_accum, o->seq_len);
   need.total += more.reference + more.rollout;
   pretrain_put_memory_(stdout, &need);
-  printf("  of them the reference model %.1f, the caches of sampling %.1f\n", (double)more.reference / 1e6, (double)more.rollout / 1e6);
+  printf("  of them the reference model %.1f, the caches of sampling %.1f\n", (double)more.reference / 1e6,
+         (double)more.rollout / 1e6);
   strbuf_free(&b);
 }
 
@@ -717,8 +722,8 @@ static void grpo_introduce_(const Grpo *g, const char *run) {
   const Config *c = &g->m->c;
   const Options *o = g->o;
   fprintf(stderr, "device  %s\n", dev_name());
-  fprintf(stderr, "model   %s, %.2fM parameters, vocabulary %d, context %d\n", o->init, (double)tensor_table_params(&g->m->table) / 1e6, c->vocab,
-          c->max_seq);
+  fprintf(stderr, "model   %s, %.2fM parameters, vocabulary %d, context %d\n", o->init,
+          (double)tensor_table_params(&g->m->table) / 1e6, c->vocab, c->max_seq);
   if (g->arithmetic) fprintf(stderr, "data    arithmetic: %zu held-out problems evaluated\n", g->eval.n_problems);
   else fprintf(stderr, "data    %s: %zu questions; held out: %zu\n", o->data, g->questions.n, g->held.n);
   fprintf(stderr, "step    %d questions x %d answers, rows of %d tokens%s\n", o->batch_size * o->grad_accum, o->group_size, o->seq_len,
@@ -731,17 +736,20 @@ static void grpo_check_options_(const Options *o) {
   if (o->lambda_schedule != LAMBDA_NONE)
     die(EXIT_USAGE, "lambda_schedule=%s: sampling and training must be the same network, lambda = 1; leave it at none",
         option_choice_name("lambda_schedule", o->lambda_schedule));
-  if (o->group_size < 2) die(EXIT_USAGE, "group_size=1: an answer is compared with the others of its group; a group of 1 has no signal");
+  if (o->group_size < 2)
+    die(EXIT_USAGE, "group_size=1: an answer is compared with the others of its group; a group of 1 has no signal");
   if (o->two_layer && o->second_advantage == SECOND_GROUP && o->augmentation_size < 2)
     die(EXIT_USAGE, "second_advantage=group compares the corrections of an answer; augmentation_size must be at least 2");
   if ((long long)o->batch_size * o->group_size > 1 << 20)
-    die(EXIT_USAGE, "batch_size=%d x group_size=%d is more than %d rows; use grad_accum for larger steps", o->batch_size, o->group_size, 1 << 20);
+    die(EXIT_USAGE, "batch_size=%d x group_size=%d is more than %d rows; use grad_accum for larger steps", o->batch_size,
+        o->group_size, 1 << 20);
 }
 
 // What is read before anything is written: questions, guides, rules.
 static void grpo_read_(Grpo *g, Options *o, const Config *c) {
   g->arithmetic = is_arithmetic(o);
-  if (o->data[0] == 0) die(EXIT_USAGE, "grpo needs questions: data=FILE.jsonl with {\"query\": ..., \"answer\": ...}, or the preset arithmetic");
+  if (o->data[0] == 0)
+    die(EXIT_USAGE, "grpo needs questions: data=FILE.jsonl with {\"query\": ..., \"answer\": ...}, or the preset arithmetic");
   if (g->arithmetic) {
     Arithmetic a;
     arithmetic_from_options(&a, o);
@@ -834,11 +842,13 @@ UNUSED static void mode_grpo(Options *o) {
   if (o->resume[0]) {
     run_check_mode(o, from);
     checkpoint_resume_options(o, from);
-    if (!is_dir(o->init)) die(EXIT_USAGE, "the run %s started from %s, which is needed as the reference and is not there", o->resume, o->init);
+    if (!is_dir(o->init))
+      die(EXIT_USAGE, "the run %s started from %s, which is needed as the reference and is not there", o->resume, o->init);
   } else {
     if (is_arithmetic(o)) {   // the problems that the model was trained on are those that it practises
       checkpoint_options(o, from);
-      if (!is_arithmetic(o)) die(EXIT_USAGE, "%s was not trained on arithmetic; give data=FILE.jsonl instead of the preset arithmetic", from);
+      if (!is_arithmetic(o))
+        die(EXIT_USAGE, "%s was not trained on arithmetic; give data=FILE.jsonl instead of the preset arithmetic", from);
     }
     // The reference is this very checkpoint, also when the run is resumed from another directory.
     if (realpath(from, full) == NULL) die(EXIT_USAGE, "init: cannot read %s: %s", from, strerror(errno));
