@@ -256,6 +256,7 @@ static void collect_first_(Grpo *g, int64_t step, Work *work) {
     g->length += (double)x->n_answer / set->n;
   }
   g->equal_groups = advantages(g->A, g->rewards, (size_t)groups, (size_t)G, o->advantage);
+  for (int i = 0; i < set->n; i++) g->A[i] *= g->A[i] < 0 ? o->negative_weight : 1;
   for (int i = 0; i < set->n; i++) {
     set->items[i].advantage = g->A[i];
     g->advantage += fabs(g->A[i]) / set->n;

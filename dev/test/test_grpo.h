@@ -48,7 +48,10 @@ static void test_advantages(void) {
   for (int i = 0; i < 12; i++) want[i] = (d[i] - sum / 12) / (sqrt(square / 11) + 1e-8);
   advantages(A, r, 3, 4, ADVANTAGE_SEED003);
   check_numbers_("seed003", A, want, 12);
-  for (int kind = ADVANTAGE_GROUP; kind <= ADVANTAGE_SEED003; kind++) {   // a single reward: no deviation, no NaN
+  for (int i = 0; i < 12; i++) want[i] = i / 4 == 1 ? 0 : (r[i] - 0.5) / 0.5001;
+  advantages(A, r, 3, 4, ADVANTAGE_MEAN);
+  check_numbers_("mean", A, want, 12);
+  for (int kind = ADVANTAGE_GROUP; kind <= ADVANTAGE_MEAN; kind++) {   // a single reward: no deviation, no NaN
     advantages(A, r, 1, 1, kind);
     CHECK(A[0] == 0, "one value, kind %d: %g", kind, A[0]);
   }
