@@ -112,6 +112,7 @@ default, names separated by |, help; its value is the index of the name. A switc
   REAL(GRPO, clip_eps_high, -1, -1, 1e9, "the same upwards; -1 = clip_eps")                                                         \
   REAL(GRPO, beta, 0.01, 0, 1e6, "weight of the distance from the model at the start; 0 = no such penalty")                         \
   CHOICE(GRPO, kl, 0, "full|k3|k2|k1|seed|forward", "how that distance is computed: exactly (full, forward), or one of the estimates")\
+  INT(GRPO, kl_every, 0, 0, INT_MAX, "beta=0: steps between measurements of that distance, by the estimate k3; 0 = never")          \
   TEXT(GRPO, reward, "", "exact, f1, numeric, accuracy, arithmetic, or a weighted sum: f1:0.7,exact:0.3; empty: arithmetic or f1")  \
   INT(GRPO, two_layer, 0, 0, 1, "the model also corrects its answers and learns from the rise of the reward")                       \
   TEXT(GRPO, guiding_prompt, "Review and correct the answer:", "two_layer: what asks for the correction: a text, or a file of texts (.json or lines)")\
@@ -286,8 +287,8 @@ static const Preset grpo_presets[] = {
     {"questions", "questions with answers from a file: data=FILE.jsonl",
      "data= steps=100 batch_size=1 lr=1e-5 warmup_steps=0 lr_schedule=constant lambda_schedule=none"},
     {"arithmetic", "sums and differences: a model that was stopped early practises on, by reward alone",
-     "steps=400 batch_size=32 group_size=8 grad_accum=8 beta=0.001 lr=1e-3 warmup_steps=5 min_lr=0 weight_decay=0 lambda_schedule=none qa_template=plain "
-     "guiding_prompt== second_max_length=5"}};
+     "steps=600 batch_size=8 group_size=32 grad_accum=32 beta=0 negative_weight=0 advantage=mean lr=2e-3 warmup_steps=20 min_lr=0 weight_decay=0 "
+     "lambda_schedule=none qa_template=plain guiding_prompt== second_max_length=5 eval_every=100 kl_every=100"}};
 
 // By the number that a mode has in its column "presets"; 0: it takes none.
 static const struct {

@@ -90,7 +90,7 @@ enum { CSV_TEXTS = 3 };
 typedef struct {
   const Options *o;
   const Tokenizer *tok;
-  Model *m, *ref;             // ref: the model as it was at the start; NULL with beta = 0
+  Model *m, *ref;             // ref: the model as it was at the start; NULL with beta = 0 and kl_every = 0
   int end, pad;               // the token that ends an answer, and the one that fills rows
   PolicyLoss loss;
   RewardRules rules;
@@ -124,6 +124,8 @@ typedef struct {
   double loss1, loss2;        // of the first update of each
   int updates;                // finished ones of the phase
   double reward, length, advantage;
+  double kl;                  // beta=0: the distance from the reference; NAN where it was not measured
+  int measure_kl;             // 1: to be measured next
   double sampled, sampling;   // tokens of all answers and corrections of the step, and the seconds that it took to sample them
   double improvement, right_after_wrong, wrong_after_right, reward2;   // of the corrections
   int equal_groups, corrections, replayed, cut, trained2;
@@ -179,9 +181,8 @@ static int second_prompt_(Grpo *g, const char *query, const char *answer, const 
 // ---------------------------------------------------------------------------------------------------------
 // Collecting: hooks of the trainer.
 
-// Log-probabilities of all answers in g->set under the reference model, for penalties that look at one number for each token.
+// Log-probabilities of all answers in g->set under the reference model.
 static void collect_reference_(Grpo *g) {
-  if (g->ref == NULL || policy_needs_logits(&g->loss)) return;
   float *logp = g->rows.ref_logp;
   for (int first = 0; first < g->set->n; first += g->m->B) {
     samples_fill(g->set, first, g->pad, &g->host);
@@ -195,16 +196,32 @@ static void collect_reference_(Grpo *g) {
   }
 }
 
+// The distance from the reference by the estimate k3, the mean over all tokens in g->set: measured, where it is no part of the loss.
+static double measure_reference_(Grpo *g) {
+  PolicyLoss k3 = {0, 0, 1, KL_K3};
+  double sum = 0, tokens = 0;
+  collect_reference_(g);
+  for (int i = 0; i < g->set->n; i++) {
+    const Sample *x = &g->set->items[i];
+    tokens += x->n_answer;
+    for (int t = 0; t < x->n_answer; t++)
+      sum += policy_token(&k3, (double)x->logp[t], (double)x->logp[t], (double)x->ref_logp[t], 0).kl;
+  }
+  return tokens > 0 ? sum / tokens : 0;
+}
+
 // What is the same for both layers once set holds answers with advantages; G: those to the same prompt, which lie side by side.
 static void collect_end_(Grpo *g, SampleSet *set, int G, Work *work) {
   g->set = set;
   g->sequences = (size_t)set->n;
   g->tokens = 0;
   for (int i = 0; i < set->n; i++) g->tokens += (size_t)set->items[i].n_answer;
+  if (g->measure_kl) g->kl = measure_reference_(g);
+  g->measure_kl = 0;
   if (G > 1) samples_merge(set, G, g->o->beta == 0);
   g->batches = (set->n + g->m->B - 1) / g->m->B;
   g->updates = g->batch = 0;
-  collect_reference_(g);
+  if (g->o->beta > 0 && !policy_needs_logits(&g->loss)) collect_reference_(g);
   work->updates = set->n > 0 ? g->o->num_iterations : 0;
   work->batches = g->batches;
 }
@@ -264,6 +281,8 @@ static void collect_first_(Grpo *g, int64_t step, Work *work) {
   memset(&g->stats, 0, sizeof g->stats);
   memset(&g->stats2, 0, sizeof g->stats2);
   g->loss1 = g->loss2 = 0;
+  g->kl = NAN;
+  g->measure_kl = o->beta == 0 && due_(o->kl_every, step + 1);
   if (o->two_layer) keep_first_(g);
   collect_end_(g, set, G, work);
 }
@@ -403,6 +422,11 @@ static double grpo_loss_(void *ctx, Model *m, const Batch *b, float coef, float 
   return stats->loss - before;
 }
 
+// The mean distance from the reference over the tokens of the first layer's updates; NAN where nobody has computed it.
+static double step_kl_(const Grpo *g) {
+  return g->o->beta == 0 ? g->kl : g->stats.tokens > 0 ? g->stats.kl / g->stats.tokens : 0;
+}
+
 static void put_number_(StrBuf *b, const char *key, double value) {
   strbuf_printf(b, ", \"%s\": ", key);
   json_put_number(b, value);
@@ -415,7 +439,7 @@ static void grpo_report_(void *ctx, StrBuf *b) {
   double n = s->tokens > 0 ? s->tokens : 1;
   put_number_(b, "reward", g->reward);
   put_number_(b, "sampled_tok_per_s", g->sampling > 0 ? g->sampled / g->sampling : 0);
-  put_number_(b, "kl", s->kl / n);
+  put_number_(b, "kl", step_kl_(g));
   put_number_(b, "ratio", s->ratio / n);
   put_number_(b, "ratio_min", s->ratio_min);
   put_number_(b, "ratio_max", s->ratio_max);
@@ -439,8 +463,8 @@ static void grpo_report_(void *ctx, StrBuf *b) {
 
 static void grpo_progress_(void *ctx, StrBuf *b) {
   const Grpo *g = (const Grpo *)ctx;
-  double n = g->stats.tokens > 0 ? g->stats.tokens : 1;
-  strbuf_printf(b, " reward %.3f  kl %.4f", g->reward, g->stats.kl / n);
+  strbuf_printf(b, " reward %.3f", g->reward);
+  if (!isnan(step_kl_(g))) strbuf_printf(b, "  kl %.4f", step_kl_(g));
   if (g->o->two_layer) strbuf_printf(b, "  corrected %.3f", g->reward2);
 }
 
@@ -510,8 +534,8 @@ static void csv_put_text_(FILE *f, const char *text) {
 static void grpo_finish_(void *ctx, int64_t step) {
   Grpo *g = (Grpo *)ctx;
   if (g->csv == NULL) return;
-  fprintf(g->csv, "%lld,%.9g,%.9g,%.9g", (long long)step, g->loss1 + g->loss2, g->reward,
-          g->stats.tokens > 0 ? g->stats.kl / g->stats.tokens : 0.0);
+  fprintf(g->csv, "%lld,%.9g,%.9g,", (long long)step, g->loss1 + g->loss2, g->reward);
+  if (!isnan(step_kl_(g))) fprintf(g->csv, "%.9g", step_kl_(g));
   if (g->o->two_layer) {
     fprintf(g->csv, ",%.9g", g->improvement);
     for (int i = 0; i < CSV_TEXTS; i++) {
@@ -694,7 +718,7 @@ typedef struct {
 
 static GrpoMemory grpo_memory_(const Options *o, const Config *c, int rows) {
   GrpoMemory out = {0, 0};
-  if (o->beta > 0) {
+  if (o->beta > 0 || o->kl_every > 0) {
     Memory whole = model_memory(c, rows, o->seq_len, 1, 1);
     RunMemory packed = run_memory(c, o->precision, 0, 0, 1, 1, 1);
     int has_packed = c->act_bits > 0;
@@ -876,7 +900,7 @@ UNUSED static void mode_grpo(Options *o) {
   model_load(&m, from, o->precision);
   m.dx_int8 = o->dx_int8 && o->precision == PRECISION_BF16;
   model_alloc_training(&m, rows, o->seq_len, o->recompute, 1);
-  if (o->beta > 0) {
+  if (o->beta > 0 || o->kl_every > 0) {
     load_to_run(&ref, start, o->precision, 1);
     if (ref.c.vocab != m.c.vocab) die(EXIT_USAGE, "%s: the reference has %d ids, the model %d", start, ref.c.vocab, m.c.vocab);
     model_alloc_batch(&ref, rows, o->seq_len, 1, 1);
