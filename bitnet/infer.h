@@ -8,7 +8,7 @@ What it is:  a Session holds the caches of several sequences side by side and fe
 What not:    no chat templates and no files; no threads.
 Read before: bitnet/model.h.
 Defines:     Session, session_open, session_free, session_rows, session_logits, session_best, session_logp, session_forward;
-             RunMemory, run_memory; Sampler, sample_token; Prompt, generate.
+             RunMemory, run_memory, session_bytes; Sampler, sample_token; Prompt, generate.
 */
 #ifndef BITNET_INFER_H
 #define BITNET_INFER_H
@@ -147,6 +147,22 @@ UNUSED static RunMemory run_memory(const Config *c, int precision, int half_embe
   free(s.vcache);
   tensor_table_free(&m.table);
   return out;
+}
+
+// What session_open takes for a model that trains, without scratch. Nothing is allocated on the device.
+UNUSED static size_t session_bytes(const Config *c, int precision, int sequences, int capacity, int max_rows, int codes_only) {
+  Model m;
+  Session s;
+  Arena count = {NULL, 0};
+  memset(&m, 0, sizeof m);
+  m.c = *c;
+  m.precision = precision;
+  session_shape_(&s, &m, sequences, capacity, max_rows);
+  session_cache_layout_(&count, &s);
+  session_layout_(&count, &s, codes_only);
+  free(s.kcache);
+  free(s.vcache);
+  return count.used + (size_t)s.logit_rows * (size_t)c->vocab * sizeof(float);
 }
 
 // The network, from s->tokens, s->seq, s->pos to s->final. What it does depends on n alone, not on the contents of device memory.

@@ -106,7 +106,7 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(GRPO, max_new, 20, 1, 1 << 20, "most tokens of an answer, its end included (also: max_length)")                               \
   INT(GRPO, num_iterations, 1, 1, 1000, "updates on each set of answers")                                                           \
   CHOICE(GRPO, advantage, 0, "group|batch|none|seed003|mean", "what a reward is compared with and divided by")                           \
-  REAL(GRPO, negative_weight, 1, 0, 1e6, "answers below their group's mean count this much; 0 (and beta=0): only the better ones are computed")\
+  REAL(GRPO, negative_weight, 1, 0, 1e6, "weight of answers below the mean of their group; 0 (with beta=0): they are left out")     \
   CHOICE(GRPO, loss_type, 0, "seq|token|dr", "mean over answers, mean over tokens, or a constant length")                           \
   REAL(GRPO, clip_eps, 0.2, 0, 1e9, "a token's probability counts up to 1 +- this times what it was when sampled")                  \
   REAL(GRPO, clip_eps_high, -1, -1, 1e9, "the same upwards; -1 = clip_eps")                                                         \

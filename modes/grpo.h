@@ -701,23 +701,26 @@ static void resolve_length_(Grpo *g, Options *o, const Config *c) {
         "context of %d is too short", g->arithmetic ? query : file, line, second, o->second_max_length, o->seq_len);
 }
 
+enum { SAMPLING_CACHES = 128 << 20, SAMPLE_TEXT_BYTES = 64 };   // bytes: caches that sampling may have; the text of an answer, about
+
 /*
-How many answers are sampled at a time: whole micro-batches of `rows`, as many as a step has or as 128 MB of caches allow, at least
+How many answers are sampled at a time: whole micro-batches of `rows`, as many as a step has or as SAMPLING_CACHES allows, at least
 one. Equal beginnings are computed once, so the passes over one micro-batch would be short.
 */
 static int sampled_together_(const Options *o, const Config *c, int rows) {
   int n = 1;
-  while (n < o->grad_accum && run_memory(c, o->precision, 0, 0, (n + 1) * rows, o->seq_len, 256).cache <= (size_t)128 << 20) n++;
+  while (n < o->grad_accum && run_memory(c, o->precision, 0, 0, (n + 1) * rows, o->seq_len, 256).cache <= SAMPLING_CACHES) n++;
   return n * rows;
 }
 
-// Bytes of what comes on top of training: the reference model, and the caches.
+// Bytes of what comes on top of training: the reference model, and what sampling and evaluation need.
 typedef struct {
-  size_t reference, rollout;
+  size_t reference, sampling;
 } GrpoMemory;
 
 static GrpoMemory grpo_memory_(const Options *o, const Config *c, int rows) {
   GrpoMemory out = {0, 0};
+  size_t T = (size_t)o->seq_len, answers = (size_t)rows * (size_t)o->grad_accum;
   if (o->beta > 0 || o->kl_every > 0) {
     Memory whole = model_memory(c, rows, o->seq_len, 1, 1);
     RunMemory packed = run_memory(c, o->precision, 0, 0, 1, 1, 1);
@@ -725,7 +728,10 @@ static GrpoMemory grpo_memory_(const Options *o, const Config *c, int rows) {
     out.reference = whole.activations + (has_packed ? packed.weights + packed.tables : whole.parameters + whole.weights);
   }
   int together = sampled_together_(o, c, rows);
-  out.rollout = run_memory(c, o->precision, 0, 0, together, o->seq_len, together > 256 ? together : 256).cache;
+  out.sampling = session_bytes(c, o->precision, together, o->seq_len, together > 256 ? together : 256, 1);
+  if (is_arithmetic(o)) out.sampling += session_bytes(c, o->precision, EVAL_SEQUENCES, o->seq_len, EVAL_SEQUENCES, 1);
+  if (o->two_layer) answers += answers * (size_t)o->augmentation_size + 2 * (size_t)o->buffer_size;
+  out.sampling += answers * (sizeof(Sample) + 3 * (T + 1) * sizeof(int) + SAMPLE_TEXT_BYTES);
   return out;
 }
 
@@ -736,10 +742,10 @@ static void grpo_dry_run_(const Options *o, const Config *c, int rows) {
   options_put_json(&b, o, STORED_GROUPS);
   printf("%s", b.data);
   printf("answers: %d per step in rows of %d tokens\n", rows * o->grad_accum, o->seq_len);
-  need.total += more.reference + more.rollout;
+  need.total += more.reference + more.sampling;
   pretrain_put_memory_(stdout, &need);
-  printf("  of them the reference model %.1f, the caches of sampling %.1f\n", (double)more.reference / 1e6,
-         (double)more.rollout / 1e6);
+  printf("  of them the reference model %.1f, sampling and evaluation %.1f\n", (double)more.reference / 1e6,
+         (double)more.sampling / 1e6);
   strbuf_free(&b);
 }
 
