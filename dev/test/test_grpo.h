@@ -561,6 +561,13 @@ static void test_grpo_log(void) {
   double penalty = logged_(two, 2, "kl"), measured = logged_(last_run_(), 2, "kl");
   CHECK(isnan(logged_(last_run_(), 1, "kl")) && penalty > 1e-4 && fabs(measured - penalty) < 0.01 * penalty,
         "kl of step 1 (not measured) %g, of step 2 %g, expected %g", logged_(last_run_(), 1, "kl"), measured, penalty);
+  // negative_weight: without the worse answers the loss of a first update is minus the mean advantage; with them it is 0.
+  snprintf(run, sizeof run, "%s", last_run_());
+  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s steps=1 beta=0 negative_weight=1", from, test_dir()) == 0, "%s", run_err);
+  double half = logged_(run, 1, "abs_advantage"), all = logged_(last_run_(), 1, "abs_advantage");
+  CHECK(half > 0.01 && fabs(all - 2 * half) < 1e-6 * all, "mean |advantage| %g, of the better answers alone %g", all, half);
+  CHECK(fabs(logged_(run, 1, "loss") + half) < 1e-5 * half && fabs(logged_(last_run_(), 1, "loss")) < 1e-5 * half,
+        "loss of the better answers %g, of all %g", logged_(run, 1, "loss"), logged_(last_run_(), 1, "loss"));
   // A second update on the same answers sees other ratios.
   CHECK(program_("", GRPO_TINY "init=%s run_dir=%s steps=2 advantage=none lr=3e-2 warmup_steps=0 num_iterations=2", from,
                  test_dir()) == 0, "%s", run_err);
