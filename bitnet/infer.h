@@ -7,8 +7,8 @@ What it is:  a Session holds the caches of several sequences side by side and fe
              training recomputes.
 What not:    no chat templates and no files; no threads.
 Read before: bitnet/model.h.
-Defines:     Session, session_open, session_free, session_rows, session_logits, session_best, session_logp, session_forward; RunMemory, run_memory;
-             Sampler, sample_token; Prompt, generate.
+Defines:     Session, session_open, session_free, session_rows, session_logits, session_best, session_logp, session_forward;
+             RunMemory, run_memory, session_bytes; Sampler, sample_token; Prompt, generate.
 */
 #ifndef BITNET_INFER_H
 #define BITNET_INFER_H
@@ -147,6 +147,22 @@ UNUSED static RunMemory run_memory(const Config *c, int precision, int half_embe
   free(s.vcache);
   tensor_table_free(&m.table);
   return out;
+}
+
+// What session_open takes for a model that trains, without scratch. Nothing is allocated on the device.
+UNUSED static size_t session_bytes(const Config *c, int precision, int sequences, int capacity, int max_rows, int codes_only) {
+  Model m;
+  Session s;
+  Arena count = {NULL, 0};
+  memset(&m, 0, sizeof m);
+  m.c = *c;
+  m.precision = precision;
+  session_shape_(&s, &m, sequences, capacity, max_rows);
+  session_cache_layout_(&count, &s);
+  session_layout_(&count, &s, codes_only);
+  free(s.kcache);
+  free(s.vcache);
+  return count.used + (size_t)s.logit_rows * (size_t)c->vocab * sizeof(float);
 }
 
 // The network, from s->tokens, s->seq, s->pos to s->final. What it does depends on n alone, not on the contents of device memory.
@@ -293,51 +309,147 @@ typedef struct {
   int n_out;            // how many
   int ended;            // 1 if the end token came
   float *logp;          // [max_new] or NULL: log-probabilities at temperature 1 of the n_out tokens, and behind them of the end token
+  int shares;           // 1: the same ids as the prompt before it in the list; its cached does not count
 } Prompt;
+
+/*
+Which prompts go through the network together. Prompts that share their ids have one cache for as long as their histories are equal,
+and each distinct history is computed once: eight answers to a question cost one prompt, and then as many rows in each step as there
+are different beginnings of an answer. A row's bits do not depend on the other rows, so nothing but the time depends on it.
+
+When the prompts of cache c draw different tokens, those that go on like the first of them keep it; each other history takes a copy in
+the cache that has the number of its first prompt. That one is free: a prompt in the cache of its own number is the first there for as
+long as it goes on, and never leaves it.
+*/
+typedef struct {
+  int *slot;    // [n] each prompt's cache; -1 once it has ended
+  int *first;   // [n] the first prompt of each cache; -1: the cache is not in use
+  int *at;      // [n] tokens in each cache
+  int *draw;    // [n] the token that each prompt has drawn last
+  int *known;   // [n] 1: its log-probability has been computed
+} Branches_;
+
+// The next prompt behind p in the same cache, or -1.
+static int branch_next_(const Branches_ *b, const Prompt *prompts, int n, int p) {
+  int c = b->slot[p];
+  for (p++; p < n && prompts[p].shares; p++) {
+    if (b->slot[p] == c) return p;
+  }
+  return -1;
+}
+
+// Gives the prompts of cache c the tokens that they have drawn; histories that differ from now on get caches of their own.
+static void branch_take_(Branches_ *b, Session *s, Prompt *prompts, int n, int c, int eos,
+                         void (*on_token)(void *ctx, int prompt, int token), void *ctx) {
+  const Config *k = &s->m->c;
+  size_t bytes = kv_cache_bytes(s->cache_rows, k->kv_heads, k->head_dim, s->m->precision);
+  int kept = -1, next;
+  for (int p = b->first[c]; p >= 0; p = next) {
+    next = branch_next_(b, prompts, n, p);
+    if (b->draw[p] == eos) {
+      prompts[p].ended = 1;
+      b->slot[p] = -1;
+      continue;
+    }
+    if (kept < 0) kept = p;
+    prompts[p].out[prompts[p].n_out++] = b->draw[p];
+    if (on_token) on_token(ctx, p, b->draw[p]);
+  }
+  b->first[c] = kept;
+  while (kept >= 0) {
+    int other = branch_next_(b, prompts, n, kept);   // the first prompt that goes on differently
+    while (other >= 0 && b->draw[other] == b->draw[kept]) other = branch_next_(b, prompts, n, other);
+    if (other < 0) break;
+    for (int l = 0; l < k->layers; l++) {
+      dev_copy((char *)s->kcache[l] + (size_t)other * bytes, (char *)s->kcache[l] + (size_t)c * bytes, bytes);
+      dev_copy((char *)s->vcache[l] + (size_t)other * bytes, (char *)s->vcache[l] + (size_t)c * bytes, bytes);
+    }
+    b->first[other] = other;
+    b->at[other] = b->at[c];
+    for (int p = other; p >= 0; p = next) {
+      next = branch_next_(b, prompts, n, p);
+      if (b->draw[p] == b->draw[other]) b->slot[p] = other;
+    }
+  }
+}
+
+/*
+Log-probabilities of what the prompts of the caches seq[0..rows) have drawn from the last session_logits, a row for each cache. One
+call of the op does a token of every row, so there are as many calls as some row has different tokens. pick, logp: [rows] of scratch.
+*/
+static void branch_logp_(Branches_ *b, Session *s, Prompt *prompts, int n, const int *seq, int rows, int *pick, float *logp) {
+  for (int more = 1; more;) {
+    more = 0;
+    for (int r = 0; r < rows; r++) {
+      int p = b->first[seq[r]];
+      pick[r] = b->draw[p];
+      while (p >= 0 && b->known[p]) p = branch_next_(b, prompts, n, p);
+      if (p < 0) continue;
+      pick[r] = b->draw[p];
+      more = 1;
+    }
+    if (!more) break;
+    session_logp(s, pick, rows, logp);
+    for (int r = 0; r < rows; r++) {
+      for (int p = b->first[seq[r]]; p >= 0; p = branch_next_(b, prompts, n, p)) {
+        if (b->draw[p] != pick[r]) continue;
+        prompts[p].logp[prompts[p].n_out] = logp[r];
+        b->known[p] = 1;
+      }
+    }
+  }
+  for (int r = 0; r < rows; r++) {
+    for (int p = b->first[seq[r]]; p >= 0; p = branch_next_(b, prompts, n, p)) b->known[p] = 0;
+  }
+}
 
 /*
 Continues n prompts at once, greedily or by sampling, by at most max_new tokens each, until the token eos (-1: never) or the end of
 the cache. on_token (or NULL) is called for each new token; log-probabilities are for sampling only, and wanted by all prompts or by
-none. All prompts go through the network together, in pieces of max_rows rows; then every step feeds one row for each sequence that
+none. All prompts go through the network together, in pieces of max_rows rows; then every step feeds one row for each history that
 has not ended. n <= s->sequences. V: the tokenizer's vocabulary.
 */
 UNUSED static void generate(Session *s, const Sampler *sampler, Prompt *prompts, int n, int max_new, int eos, int V,
                             void (*on_token)(void *ctx, int prompt, int token), void *ctx) {
   if (n > s->sequences || n > s->max_rows) die(EXIT_FAILED, "bug: %d prompts for %d sequences, %d rows", n, s->sequences, s->max_rows);
   size_t cap = (size_t)s->max_rows;
-  int *tokens = (int *)xcalloc(cap * 3, sizeof(int)), *seq = tokens + cap, *pos = seq + cap;
-  int *last = (int *)xcalloc((size_t)n, sizeof(int));   // the newest token of each sequence
-  int *at = (int *)xcalloc((size_t)n, sizeof(int));     // tokens in its cache
-  int *next = (int *)xcalloc(cap, sizeof(int));         // the new token of each row that has one
+  int *tokens = (int *)xcalloc(cap * 4, sizeof(int)), *seq = tokens + cap, *pos = seq + cap, *next = pos + cap;
+  int *places = (int *)xcalloc((size_t)n * 5, sizeof(int));
+  Branches_ b = {places, places + n, places + 2 * n, places + 3 * n, places + 4 * n};
   float *probs = (float *)xcalloc((size_t)V, sizeof(float));
   float *logp = prompts[0].logp ? (float *)xcalloc(cap, sizeof(float)) : NULL;
   int greedy = s->m->frozen && sampler->temperature <= 0;
   for (int i = 0; i < n; i++) {
+    int shares = i > 0 && prompts[i].shares;
     if (prompts[i].n_ids < 1) die(EXIT_USAGE, "an empty prompt: there is no token to continue from");
     if (prompts[i].n_ids > s->capacity)
       die(EXIT_USAGE, "the prompt has %d tokens, the context only %d", prompts[i].n_ids, s->capacity);
     prompts[i].n_out = prompts[i].ended = 0;
-    at[i] = prompts[i].cached;
+    b.slot[i] = shares ? b.slot[i - 1] : i;
+    b.first[i] = shares ? -1 : i;
+    b.at[i] = shares ? 0 : prompts[i].cached;
   }
   for (int started = 0;;) {
-    // Rows of this pass: whole prompts as long as they last, then one row for each unfinished sequence.
+    // Rows of this pass: whole prompts as long as they last, then one row for each history.
     int rows = 0, prefill = 0;
     for (; started < n; started++) {
       Prompt *p = &prompts[started];
-      while (at[started] < p->n_ids && rows < s->max_rows) {
-        tokens[rows] = p->ids[at[started]];
+      if (b.slot[started] != started) continue;
+      while (b.at[started] < p->n_ids && rows < s->max_rows) {
+        tokens[rows] = p->ids[b.at[started]];
         seq[rows] = started;
-        pos[rows++] = at[started]++;
+        pos[rows++] = b.at[started]++;
         prefill = 1;
       }
-      if (at[started] < p->n_ids) break;
+      if (b.at[started] < p->n_ids) break;
     }
     if (!prefill) {
-      for (int i = 0; i < n; i++) {
-        if (prompts[i].ended || prompts[i].n_out >= max_new || at[i] >= s->capacity) continue;
-        tokens[rows] = last[i];
-        seq[rows] = i;
-        pos[rows++] = at[i]++;
+      for (int c = 0; c < n; c++) {
+        int p = b.first[c];
+        if (p < 0 || prompts[p].n_out >= max_new || b.at[c] >= s->capacity) continue;
+        tokens[rows] = b.draw[p];
+        seq[rows] = c;
+        pos[rows++] = b.at[c]++;
       }
     }
     if (rows == 0) break;
@@ -345,37 +457,27 @@ UNUSED static void generate(Session *s, const Sampler *sampler, Prompt *prompts,
     // Inside a prompt there is nothing to sample; the rows between such rows are sampled in pieces.
     for (int r = 0; r < rows;) {
       int end = r, most = greedy ? rows : s->logit_rows;
-      while (end < rows && end - r < most && pos[end] + 1 >= prompts[seq[end]].n_ids && prompts[seq[end]].n_out < max_new) end++;
+      while (end < rows && end - r < most && pos[end] + 1 >= prompts[b.first[seq[end]]].n_ids &&
+             prompts[b.first[seq[end]]].n_out < max_new) end++;
       if (end == r) {
         r++;
         continue;
       }
-      if (greedy) {
-        session_best(s, r, end - r, V, next + r);
-      } else {
-        const float *logits = session_logits(s, r, end - r);
-        for (int i = r; i < end; i++) {
-          next[i] = sample_token(sampler, logits + (size_t)(i - r) * (size_t)s->m->c.vocab, V, prompts[seq[i]].number,
-                                 (uint64_t)pos[i], probs);
+      const float *logits = NULL;
+      if (greedy) session_best(s, r, end - r, V, next + r);
+      else logits = session_logits(s, r, end - r);
+      for (int i = r; i < end; i++) {
+        for (int p = b.first[seq[i]]; p >= 0; p = branch_next_(&b, prompts, n, p)) {
+          b.draw[p] = greedy ? next[i] : sample_token(sampler, logits + (size_t)(i - r) * (size_t)s->m->c.vocab, V, prompts[p].number,
+                                                      (uint64_t)pos[i], probs);
         }
-        if (logp) session_logp(s, next + r, end - r, logp + r);
       }
-      for (; r < end; r++) {
-        Prompt *p = &prompts[seq[r]];
-        if (p->logp) p->logp[p->n_out] = logp[r];
-        if (next[r] == eos) {
-          p->ended = 1;
-          continue;
-        }
-        p->out[p->n_out++] = last[seq[r]] = next[r];
-        if (on_token) on_token(ctx, seq[r], next[r]);
-      }
+      if (logp) branch_logp_(&b, s, prompts, n, seq + r, end - r, next + r, logp + r);
+      for (; r < end; r++) branch_take_(&b, s, prompts, n, seq[r], eos, on_token, ctx);
     }
   }
   free(tokens);
-  free(last);
-  free(at);
-  free(next);
+  free(places);
   free(probs);
   free(logp);
 }

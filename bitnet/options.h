@@ -106,12 +106,14 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(GRPO, group_size, 2, 1, 65536, "answers that are sampled for each question and compared with each other")                     \
   INT(GRPO, max_new, 20, 1, 1 << 20, "most tokens of an answer, its end included (also: max_length)")                               \
   INT(GRPO, num_iterations, 1, 1, 1000, "updates on each set of answers")                                                           \
-  CHOICE(GRPO, advantage, 0, "group|batch|none|seed003", "what a reward is compared with and divided by")                           \
+  CHOICE(GRPO, advantage, 0, "group|batch|none|seed003|mean", "what a reward is compared with and divided by")                           \
+  REAL(GRPO, negative_weight, 1, 0, 1e6, "weight of answers below the mean of their group; 0 (with beta=0): they are left out")     \
   CHOICE(GRPO, loss_type, 0, "seq|token|dr", "mean over answers, mean over tokens, or a constant length")                           \
   REAL(GRPO, clip_eps, 0.2, 0, 1e9, "a token's probability counts up to 1 +- this times what it was when sampled")                  \
   REAL(GRPO, clip_eps_high, -1, -1, 1e9, "the same upwards; -1 = clip_eps")                                                         \
   REAL(GRPO, beta, 0.01, 0, 1e6, "weight of the distance from the model at the start; 0 = no such penalty")                         \
   CHOICE(GRPO, kl, 0, "full|k3|k2|k1|seed|forward", "how that distance is computed: exactly (full, forward), or one of the estimates")\
+  INT(GRPO, kl_every, 0, 0, INT_MAX, "beta=0: steps between measurements of that distance, by the estimate k3; 0 = never")          \
   TEXT(GRPO, reward, "", "exact, f1, numeric, accuracy, arithmetic, or a weighted sum: f1:0.7,exact:0.3; empty: arithmetic or f1")  \
   TEXT(GRPO, reward_model, "", "reward models that score answers: DIR or DIR:weight, separated by commas (also: reward_models)")    \
   TEXT(GRPO, reward_weights, "", "their weights as a list of its own")                                                              \
@@ -309,8 +311,8 @@ static const Preset grpo_presets[] = {
     {"questions", "questions with answers from a file: data=FILE.jsonl",
      "data= steps=100 batch_size=1 lr=1e-5 warmup_steps=0 lr_schedule=constant lambda_schedule=none"},
     {"arithmetic", "sums and differences: a model that was stopped early practises on, by reward alone",
-     "steps=400 batch_size=32 group_size=8 grad_accum=8 beta=0.001 lr=1e-3 warmup_steps=5 min_lr=0 weight_decay=0 lambda_schedule=none qa_template=plain "
-     "guiding_prompt== second_max_length=5"}};
+     "steps=600 batch_size=8 group_size=32 grad_accum=32 beta=0 negative_weight=0 advantage=mean lr=2e-3 warmup_steps=20 min_lr=0 weight_decay=0 "
+     "lambda_schedule=none qa_template=plain guiding_prompt== second_max_length=5 eval_every=100 kl_every=100"}};
 
 // Presets of the mode reward. With init= the shape is the model's.
 static const Preset reward_presets[] = {

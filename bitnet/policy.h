@@ -24,7 +24,7 @@ already become so much more (or less) likely than when it was sampled that the s
 #include "losses.h"
 
 // The choices of the options advantage, loss_type and kl, in the order of their names. KL_FORWARD is another name of KL_FULL.
-enum { ADVANTAGE_GROUP, ADVANTAGE_BATCH, ADVANTAGE_NONE, ADVANTAGE_SEED003 };
+enum { ADVANTAGE_GROUP, ADVANTAGE_BATCH, ADVANTAGE_NONE, ADVANTAGE_SEED003, ADVANTAGE_MEAN };
 enum { REDUCE_SEQ, REDUCE_TOKEN, REDUCE_DR };
 enum { KL_FULL, KL_K3, KL_K2, KL_K1, KL_SEED, KL_FORWARD };
 
@@ -62,8 +62,11 @@ group of one never has a signal.
 
     group     (r - mean) / (deviation of the group + 1e-4)        batch   the same with the deviation of all rewards
     none      r - mean                                            seed003 d = r - mean; (d - mean of all d) / (deviation of d + 1e-8)
+    mean      (r - mean) / (mean + 1e-4), for rewards of 0 and 1
 
-Dividing by the group's deviation gives a question that is nearly always (or never) answered right more weight.
+Dividing by the group's deviation gives a question that is nearly always (or never) answered right more weight. Dividing by the mean
+gives the hard ones the most: with p the probability of a right answer, the gradient of a question is on average that of p with none, of
+asin(sqrt p) with group, and of log p with mean, which is what learning from given answers would follow.
 */
 UNUSED static int advantages(double *A, const double *r, size_t groups, size_t G, int kind) {
   size_t n = groups * G;
@@ -77,7 +80,10 @@ UNUSED static int advantages(double *A, const double *r, size_t groups, size_t G
     equal += same;
     for (size_t i = 0; i < G; i++) {
       double d = same ? 0 : x[i] - mean;
-      A[g * G + i] = kind == ADVANTAGE_GROUP ? d / (deviation + 1e-4) : kind == ADVANTAGE_BATCH ? d / (all + 1e-4) : d;
+      A[g * G + i] = kind == ADVANTAGE_GROUP   ? d / (deviation + 1e-4)
+                     : kind == ADVANTAGE_BATCH ? d / (all + 1e-4)
+                     : kind == ADVANTAGE_MEAN  ? d / (fabs(mean) + 1e-4)
+                                               : d;
     }
   }
   if (kind == ADVANTAGE_SEED003) {

@@ -100,6 +100,8 @@ UNUSED static void samples_draw(SampleSet *s, int first, int n, Session *session
     prompts[i].number = x->number;
     prompts[i].out = x->ids + x->n_prompt;
     prompts[i].logp = x->logp;
+    prompts[i].shares = i > 0 && x->n_prompt == x[-1].n_prompt &&
+                        memcmp(x->ids, x[-1].ids, (size_t)x->n_prompt * sizeof(int)) == 0;
   }
   generate(session, &sampler, prompts, n, max_new, end, session->m->c.vocab, NULL, NULL);
   for (int i = 0; i < n; i++) {
@@ -115,7 +117,8 @@ UNUSED static void samples_draw(SampleSet *s, int first, int n, Session *session
 
 /*
 Leaves out what need not be computed: equal answers inside a group of G have the same gradient, so one of them stands for all; and
-with without_zeros, answers with advantage 0, which have none. Samples that stay come first, in their order, and set->n is their number.
+with without_zeros, answers with advantage 0, which have none. Samples that stay come first, in their order, and set->n is their
+number.
 */
 UNUSED static void samples_merge(SampleSet *s, int G, int without_zeros) {
   int kept = 0;

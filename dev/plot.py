@@ -4,9 +4,11 @@
     python dev/plot.py runs/latest                         # RUN/report.html and RUN/report.png
     python dev/plot.py runs/a runs/b --out compare         # compare.html and compare.png
     python dev/plot.py runs/latest --html-only             # without matplotlib
+    python dev/plot.py runs/a --panels exact_match,reward  # only these panels, by their names in the log
 
-Shown: training loss (each step and a moving average), validation loss, exact match, lambda, learning rate, gradient norm, the shares of
-zero weights and of codes flipped per step, tokens/s; the samples by step; and where the options differ.
+Shown: training loss (each step and a moving average), validation loss, exact match, mean reward and KL of reinforcement learning, lambda,
+learning rate, gradient norm, the shares of zero weights and of codes flipped per step, tokens/s; the samples by step; and where the
+options differ.
 """
 import argparse
 import html
@@ -16,7 +18,8 @@ import os
 import runlog
 
 # name in the log, title, logarithmic axis
-PANELS = [("loss", "training loss", False), ("val_loss", "validation loss (lambda = 1)", False), ("exact_match", "exact match", False), ("lambda", "lambda", False),
+PANELS = [("loss", "training loss", False), ("val_loss", "validation loss (lambda = 1)", False), ("exact_match", "exact match", False),
+          ("reward", "mean reward of sampled answers", False), ("kl", "KL to the model at the start", False), ("lambda", "lambda", False),
           ("lr", "learning rate", False), ("grad_norm", "gradient norm", True), ("zeros", "share of zero weights", False),
           ("flips", "share of codes flipped per step", True), ("tok_per_s", "tokens per second", False)]
 COLOURS = ["#2a6fdb", "#d1495b", "#2e933c", "#b8860b", "#7b3fa0", "#008b8b", "#6b4f3a", "#888888"]
@@ -43,7 +46,7 @@ def load(path, window):
             if name == key or name.startswith(key + "."):
                 panels[name] = thin(points)
     smooth = {}
-    for name in ("loss", "grad_norm", "tok_per_s"):
+    for name in ("loss", "reward", "grad_norm", "tok_per_s"):
         points = all_series.get(name, [])
         if len(points) > 10:
             means = runlog.moving_average([v for _, v in points], min(window, max(3, len(points) // 10)))
@@ -239,9 +242,16 @@ def main():
     p.add_argument("runs", nargs="+", help="run folders, or names in runs/")
     p.add_argument("--out", help="name of the files without extension (default: report in the first run's folder)")
     p.add_argument("--window", type=int, default=100, help="steps of the moving average (default %(default)s)")
+    p.add_argument("--panels", help="names in the log, separated by commas (default: all that were logged)")
     p.add_argument("--html-only", action="store_true")
     p.add_argument("--png-only", action="store_true")
     args = p.parse_args()
+    if args.panels:
+        names = args.panels.split(",")
+        unknown = sorted(set(names) - {key for key, _, _ in PANELS})
+        if unknown:
+            runlog.fail(f"--panels: unknown name {unknown[0]}; there are {', '.join(key for key, _, _ in PANELS)}")
+        PANELS[:] = [panel for panel in PANELS if panel[0] in names]
     runs = [load(r, max(1, args.window)) for r in args.runs]
     if not any(r["panels"] for r in runs):
         runlog.fail("nothing was logged yet in " + ", ".join(r["path"] for r in runs))

@@ -83,6 +83,7 @@ UNUSED static void mode_generate(Options *o) {
     prompts[i].ids = ids;
     prompts[i].n_ids = n_ids;
     prompts[i].number = (uint64_t)i;
+    prompts[i].shares = i > 0;
     prompts[i].out = (int *)xcalloc((size_t)o->n, sizeof(int));
   }
   double t0 = time_now();

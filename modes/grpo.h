@@ -10,11 +10,13 @@ Read before: bitnet/policy.h, bitnet/rollout.h, bitnet/guide.h, bitnet/trainer.h
 Defines:     mode_grpo.
 
 A step: grad_accum * batch_size questions, group_size answers to each, one reward for each answer; then num_iterations updates on them.
-Sampling runs on the model that is trained, with the weights that the last update left, quantised at lambda = 1; so do the updates. Both
-run the same ops, and the first update finds every token exactly as likely as it was when it was sampled: ratio 1, to the last bit.
+Sampling runs on the model that is trained, with the weights that the last update left, quantised at lambda = 1; so do the updates.
+Both run the same ops, and the first update finds every token exactly as likely as it was when it was sampled: ratio 1, to the last
+bit.
 
-With two_layer=1 the step goes on: the model, as these updates left it, sees each of its answers with a guiding prompt ("check that") and
-samples augmentation_size corrections. How much the reward rises is the correction's advantage, and a second round of updates follows.
+With two_layer=1 the step goes on: the model, as these updates left it, sees each of its answers with a guiding prompt ("check that")
+and samples augmentation_size corrections. How much the reward rises is the correction's advantage, and a second round of updates
+follows.
 */
 #ifndef MODE_GRPO_H
 #define MODE_GRPO_H
@@ -51,8 +53,8 @@ static RewardRules rules_parse_(const char *text) {
     while (k < RULES && strcmp(rule_names[k], word) != 0) k++;
     if (k == RULES) {
       const char *near = nearest_name(word, rule_names, RULES);
-      die(EXIT_USAGE, "reward: unknown rule '%s'%s%s%s; there are exact, f1, numeric, accuracy, arithmetic", word, near ? "; did you mean '" : "",
-          near ? near : "", near ? "'" : "");
+      die(EXIT_USAGE, "reward: unknown rule '%s'%s%s%s; there are exact, f1, numeric, accuracy, arithmetic", word,
+          near ? "; did you mean '" : "", near ? near : "", near ? "'" : "");
     }
     if (colon && (end == colon + 1 || *end != 0 || !(weight >= 0 && weight <= 1e9)))
       die(EXIT_USAGE, "reward: %s: expected a weight of at least 0, found '%s'", word, colon + 1);
@@ -89,7 +91,7 @@ enum { CSV_TEXTS = 3 };
 typedef struct {
   const Options *o;
   const Tokenizer *tok;
-  Model *m, *ref;             // ref: the model as it was at the start; NULL with beta = 0
+  Model *m, *ref;             // ref: the model as it was at the start; NULL with beta = 0 and kl_every = 0
   int end, pad;               // the token that ends an answer, and the one that fills rows
   PolicyLoss loss;
   RewardRules rules;
@@ -127,6 +129,9 @@ typedef struct {
   int updates;                // finished ones of the phase
   double reward, length, advantage;
   double rule_reward, *model_rewards;   // of the first layer: means of the rules and of each reward model
+  double kl;                  // beta=0: the distance from the reference; NAN where it was not measured
+  int measure_kl;             // 1: to be measured next
+  double sampled, sampling;   // tokens of all answers and corrections of the step, and the seconds that it took to sample them
   double improvement, right_after_wrong, wrong_after_right, reward2;   // of the corrections
   int equal_groups, corrections, replayed, cut, trained2;
   FILE *csv;
@@ -160,8 +165,8 @@ static void sample_prompt_(Grpo *g, Sample *x) {
 }
 
 /*
-The prompt of a second pass into g->prompt. An answer that is too long loses its beginning, so that `room` new tokens fit into rows of T.
-Returns 1 if it did. That the rest fits was checked when the questions were read.
+The prompt of a second pass into g->prompt. An answer that is too long loses its beginning, so that `room` new tokens fit into rows of
+T. Returns 1 if it did. That the rest fits was checked when the questions were read.
 */
 static int second_prompt_(Grpo *g, const char *query, const char *answer, const char *guide, int room) {
   const Tokenizer *t = g->tok;
@@ -181,9 +186,8 @@ static int second_prompt_(Grpo *g, const char *query, const char *answer, const 
 // ---------------------------------------------------------------------------------------------------------
 // Collecting: hooks of the trainer.
 
-// Log-probabilities of all answers in g->set under the reference model, for penalties that look at one number for each token.
+// Log-probabilities of all answers in g->set under the reference model.
 static void collect_reference_(Grpo *g) {
-  if (g->ref == NULL || policy_needs_logits(&g->loss)) return;
   float *logp = g->rows.ref_logp;
   for (int first = 0; first < g->set->n; first += g->m->B) {
     samples_fill(g->set, first, g->pad, &g->host);
@@ -197,26 +201,45 @@ static void collect_reference_(Grpo *g) {
   }
 }
 
+// The distance from the reference by the estimate k3, the mean over all tokens in g->set: measured, where it is no part of the loss.
+static double measure_reference_(Grpo *g) {
+  PolicyLoss k3 = {0, 0, 1, KL_K3};
+  double sum = 0, tokens = 0;
+  collect_reference_(g);
+  for (int i = 0; i < g->set->n; i++) {
+    const Sample *x = &g->set->items[i];
+    tokens += x->n_answer;
+    for (int t = 0; t < x->n_answer; t++)
+      sum += policy_token(&k3, (double)x->logp[t], (double)x->logp[t], (double)x->ref_logp[t], 0).kl;
+  }
+  return tokens > 0 ? sum / tokens : 0;
+}
+
 // What is the same for both layers once set holds answers with advantages; G: those to the same prompt, which lie side by side.
 static void collect_end_(Grpo *g, SampleSet *set, int G, Work *work) {
   g->set = set;
   g->sequences = (size_t)set->n;
   g->tokens = 0;
   for (int i = 0; i < set->n; i++) g->tokens += (size_t)set->items[i].n_answer;
+  if (g->measure_kl) g->kl = measure_reference_(g);
+  g->measure_kl = 0;
   if (G > 1) samples_merge(set, G, g->o->beta == 0);
   g->batches = (set->n + g->m->B - 1) / g->m->B;
   g->updates = g->batch = 0;
-  collect_reference_(g);
+  if (g->o->beta > 0 && !policy_needs_logits(&g->loss)) collect_reference_(g);
   work->updates = set->n > 0 ? g->o->num_iterations : 0;
   work->batches = g->batches;
 }
 
-// Samples answers to the prompts of all of set.
+// Samples answers to the prompts of all of set, and takes the time.
 static void collect_answers_(Grpo *g, SampleSet *set, uint64_t seed, int max_new) {
-  for (int first = 0; first < set->n; first += g->m->B) {
-    int n = set->n - first < g->m->B ? set->n - first : g->m->B;
+  double began = time_now();
+  for (int first = 0, n; first < set->n; first += n) {
+    n = set->n - first < g->session.sequences ? set->n - first : g->session.sequences;
     samples_draw(set, first, n, &g->session, seed, 0, max_new, g->end, g->tok);
+    for (int i = first; i < first + n; i++) g->sampled += set->items[i].n_answer;
   }
+  g->sampling += time_now() - began;
 }
 
 // The rewards of all answers in set, `each` of them to one of the first layer's: what the rules say, and with reward models a weighted mean
@@ -269,6 +292,7 @@ static void collect_first_(Grpo *g, int64_t step, Work *work) {
     sample_prompt_(g, &set->items[i]);
     set->items[i].number = (uint64_t)step * (uint64_t)set->n + (uint64_t)i;
   }
+  g->sampled = g->sampling = 0;
   collect_answers_(g, set, (uint64_t)o->seed, o->max_new);
   collect_rewards_(g, set, step, 1);
   g->reward = g->rule_reward = g->length = g->advantage = 0;
@@ -281,6 +305,7 @@ static void collect_first_(Grpo *g, int64_t step, Work *work) {
     g->length += (double)x->n_answer / set->n;
   }
   g->equal_groups = advantages(g->A, g->rewards, (size_t)groups, (size_t)G, o->advantage);
+  for (int i = 0; i < set->n; i++) g->A[i] *= g->A[i] < 0 ? o->negative_weight : 1;
   for (int i = 0; i < set->n; i++) {
     set->items[i].advantage = g->A[i];
     g->advantage += fabs(g->A[i]) / set->n;
@@ -288,14 +313,16 @@ static void collect_first_(Grpo *g, int64_t step, Work *work) {
   memset(&g->stats, 0, sizeof g->stats);
   memset(&g->stats2, 0, sizeof g->stats2);
   g->loss1 = g->loss2 = 0;
+  g->kl = NAN;
+  g->measure_kl = o->beta == 0 && due_(o->kl_every, step + 1);
   if (o->two_layer) keep_first_(g);
   collect_end_(g, set, G, work);
 }
 
 /*
-The advantages of the corrections in set, which carry their rise. delta: the rise, divided by the root of the mean square of all, and not
-centred: what made an answer better is reinforced even where others gained more. group: as in the first layer, among the corrections of
-one answer.
+The advantages of the corrections in set, which carry their rise. delta: the rise, divided by the root of the mean square of all, and
+not centred: what made an answer better is reinforced even where others gained more. group: as in the first layer, among the
+corrections of one answer.
 */
 static void second_advantages_(Grpo *g, SampleSet *set) {
   const Options *o = g->o;
@@ -322,7 +349,8 @@ static void collect_second_(Grpo *g, int64_t step, Work *work) {
   for (int i = 0; i < set->n; i++) {
     Sample *x = &set->items[i];
     x->number = (uint64_t)step * (uint64_t)set->n + (uint64_t)i;
-    int guide = guides_choose(&g->guides, (uint64_t)o->seed, x->number, o->guiding_schedule_unit == UNIT_BATCH ? (uint64_t)step : x->number);
+    uint64_t turn = o->guiding_schedule_unit == UNIT_BATCH ? (uint64_t)step : x->number;
+    int guide = guides_choose(&g->guides, (uint64_t)o->seed, x->number, turn);
     question_of_(g, step, i / H, &query, &gold);
     g->cut += second_prompt_(g, query, g->first_text[i / H].data, g->guides.texts[guide], o->second_max_length);
     sample_prompt_(g, x);
@@ -427,6 +455,11 @@ static double grpo_loss_(void *ctx, Model *m, const Batch *b, float coef, float 
   return stats->loss - before;
 }
 
+// The mean distance from the reference over the tokens of the first layer's updates; NAN where nobody has computed it.
+static double step_kl_(const Grpo *g) {
+  return g->o->beta == 0 ? g->kl : g->stats.tokens > 0 ? g->stats.kl / g->stats.tokens : 0;
+}
+
 static void put_number_(StrBuf *b, const char *key, double value) {
   strbuf_printf(b, ", \"%s\": ", key);
   json_put_number(b, value);
@@ -444,7 +477,8 @@ static void grpo_report_(void *ctx, StrBuf *b) {
     snprintf(key, sizeof key, "model_%d", k + 1);
     put_number_(b, key, g->model_rewards[k]);
   }
-  put_number_(b, "kl", s->kl / n);
+  put_number_(b, "sampled_tok_per_s", g->sampling > 0 ? g->sampled / g->sampling : 0);
+  put_number_(b, "kl", step_kl_(g));
   put_number_(b, "ratio", s->ratio / n);
   put_number_(b, "ratio_min", s->ratio_min);
   put_number_(b, "ratio_max", s->ratio_max);
@@ -468,8 +502,8 @@ static void grpo_report_(void *ctx, StrBuf *b) {
 
 static void grpo_progress_(void *ctx, StrBuf *b) {
   const Grpo *g = (const Grpo *)ctx;
-  double n = g->stats.tokens > 0 ? g->stats.tokens : 1;
-  strbuf_printf(b, " reward %.3f  kl %.4f", g->reward, g->stats.kl / n);
+  strbuf_printf(b, " reward %.3f", g->reward);
+  if (!isnan(step_kl_(g))) strbuf_printf(b, "  kl %.4f", step_kl_(g));
   if (g->o->two_layer) strbuf_printf(b, "  corrected %.3f", g->reward2);
 }
 
@@ -546,8 +580,8 @@ static void csv_put_text_(FILE *f, const char *text) {
 static void grpo_finish_(void *ctx, int64_t step) {
   Grpo *g = (Grpo *)ctx;
   if (g->csv == NULL) return;
-  fprintf(g->csv, "%lld,%.9g,%.9g,%.9g", (long long)step, g->loss1 + g->loss2, g->reward,
-          g->stats.tokens > 0 ? g->stats.kl / g->stats.tokens : 0.0);
+  fprintf(g->csv, "%lld,%.9g,%.9g,", (long long)step, g->loss1 + g->loss2, g->reward);
+  if (!isnan(step_kl_(g))) fprintf(g->csv, "%.9g", step_kl_(g));
   if (g->o->two_layer) {
     fprintf(g->csv, ",%.9g", g->improvement);
     for (int i = 0; i < CSV_TEXTS; i++) {
@@ -578,8 +612,8 @@ static const char *held_question_(Grpo *g, size_t i, const char **gold) {
 }
 
 /*
-The mean score of greedy answers to the held-out questions, and with second, of greedy corrections of them with the first guiding prompt.
-texts (or NULL): the first few answers are appended. most: questions at most.
+The mean score of greedy answers to the held-out questions, and with second, of greedy corrections of them with the first guiding
+prompt. texts (or NULL): the first few answers are appended. most: questions at most.
 */
 static void measure_(Grpo *g, size_t most, double *first, double *second, StrBuf *texts) {
   SampleSet *set = &g->first;
@@ -669,8 +703,8 @@ static size_t longest_second_(Grpo *g, const char *query) {
 }
 
 /*
-The length of a row: o->seq_len, or what the longest question with its answers (and corrections) needs, at most the model's context. Exit 2 with
-file and line if a prompt does not fit.
+The length of a row: o->seq_len, or what the longest question with its answers (and corrections) needs, at most the model's context.
+Exit 2 with file and line if a prompt does not fit.
 */
 static void resolve_length_(Grpo *g, Options *o, const Config *c) {
   const QaItem *which = NULL, *which_held = NULL;
@@ -707,28 +741,45 @@ static void resolve_length_(Grpo *g, Options *o, const Config *c) {
   if (o->seq_len > c->max_seq) die(EXIT_USAGE, "seq_len=%d is longer than the model's context of %d", o->seq_len, c->max_seq);
   if (longest > (size_t)o->seq_len) {
     if (g->arithmetic) die(EXIT_USAGE, "the prompt %s has %zu tokens, a row only %d", query, longest, o->seq_len);
-    die(EXIT_USAGE, "%s:%zu: the prompt has %zu tokens, the context only %d; leave the question out or use a model with a longer context",
-        file, line, longest, o->seq_len);
+    die(EXIT_USAGE, "%s:%zu: the prompt has %zu tokens, the context only %d; leave the question out or use a model with a longer "
+        "context", file, line, longest, o->seq_len);
   }
   if (o->two_layer && second + (size_t)o->second_max_length - 1 > (size_t)o->seq_len)
-    die(EXIT_USAGE, "%s:%zu: the prompt of the second pass has %zu tokens without the first answer; with second_max_length=%d the context "
-        "of %d is too short", g->arithmetic ? query : file, line, second, o->second_max_length, o->seq_len);
+    die(EXIT_USAGE, "%s:%zu: the prompt of the second pass has %zu tokens without the first answer; with second_max_length=%d the "
+        "context of %d is too short", g->arithmetic ? query : file, line, second, o->second_max_length, o->seq_len);
 }
 
-// Bytes of what comes on top of training: the reference model, and the caches.
+enum { SAMPLING_CACHES = 128 << 20, SAMPLE_TEXT_BYTES = 64 };   // bytes: caches that sampling may have; the text of an answer, about
+
+/*
+How many answers are sampled at a time: whole micro-batches of `rows`, as many as a step has or as SAMPLING_CACHES allows, at least
+one. Equal beginnings are computed once, so the passes over one micro-batch would be short.
+*/
+static int sampled_together_(const Options *o, const Config *c, int rows) {
+  int n = 1;
+  while (n < o->grad_accum && run_memory(c, o->precision, 0, 0, (n + 1) * rows, o->seq_len, 256).cache <= SAMPLING_CACHES) n++;
+  return n * rows;
+}
+
+// Bytes of what comes on top of training: the reference model, and what sampling and evaluation need.
 typedef struct {
-  size_t reference, rollout;
+  size_t reference, sampling;
 } GrpoMemory;
 
 static GrpoMemory grpo_memory_(const Options *o, const Config *c, int rows) {
   GrpoMemory out = {0, 0};
-  if (o->beta > 0) {
+  size_t T = (size_t)o->seq_len, answers = (size_t)rows * (size_t)o->grad_accum;
+  if (o->beta > 0 || o->kl_every > 0) {
     Memory whole = model_memory(c, rows, o->seq_len, 1, 1);
     RunMemory packed = run_memory(c, o->precision, 0, 0, 1, 1, 1);
     int has_packed = c->act_bits > 0;
     out.reference = whole.activations + (has_packed ? packed.weights + packed.tables : whole.parameters + whole.weights);
   }
-  out.rollout = run_memory(c, o->precision, 0, 0, rows, o->seq_len, rows > 256 ? rows : 256).cache;
+  int together = sampled_together_(o, c, rows);
+  out.sampling = session_bytes(c, o->precision, together, o->seq_len, together > 256 ? together : 256, 1);
+  if (is_arithmetic(o)) out.sampling += session_bytes(c, o->precision, EVAL_SEQUENCES, o->seq_len, EVAL_SEQUENCES, 1);
+  if (o->two_layer) answers += answers * (size_t)o->augmentation_size + 2 * (size_t)o->buffer_size;
+  out.sampling += answers * (sizeof(Sample) + 3 * (T + 1) * sizeof(int) + SAMPLE_TEXT_BYTES);
   return out;
 }
 
@@ -739,9 +790,10 @@ static void grpo_dry_run_(const Options *o, const Config *c, int rows) {
   options_put_json(&b, o, STORED_GROUPS);
   printf("%s", b.data);
   printf("answers: %d per step in rows of %d tokens\n", rows * o->grad_accum, o->seq_len);
-  need.total += more.reference + more.rollout;
+  need.total += more.reference + more.sampling;
   pretrain_put_memory_(stdout, &need);
-  printf("  of them the reference model %.1f, the caches of sampling %.1f\n", (double)more.reference / 1e6, (double)more.rollout / 1e6);
+  printf("  of them the reference model %.1f, sampling and evaluation %.1f\n", (double)more.reference / 1e6,
+         (double)more.sampling / 1e6);
   strbuf_free(&b);
 }
 
@@ -749,8 +801,8 @@ static void grpo_introduce_(const Grpo *g, const char *run) {
   const Config *c = &g->m->c;
   const Options *o = g->o;
   fprintf(stderr, "device  %s\n", dev_name());
-  fprintf(stderr, "model   %s, %.2fM parameters, vocabulary %d, context %d\n", o->init, (double)tensor_table_params(&g->m->table) / 1e6, c->vocab,
-          c->max_seq);
+  fprintf(stderr, "model   %s, %.2fM parameters, vocabulary %d, context %d\n", o->init,
+          (double)tensor_table_params(&g->m->table) / 1e6, c->vocab, c->max_seq);
   if (g->arithmetic) fprintf(stderr, "data    arithmetic: %zu held-out problems evaluated\n", g->eval.n_problems);
   else fprintf(stderr, "data    %s: %zu questions; held out: %zu\n", o->data, g->questions.n, g->held.n);
   fprintf(stderr, "step    %d questions x %d answers, rows of %d tokens%s\n", o->batch_size * o->grad_accum, o->group_size, o->seq_len,
@@ -763,19 +815,22 @@ static void grpo_check_options_(const Options *o) {
   if (o->lambda_schedule != LAMBDA_NONE)
     die(EXIT_USAGE, "lambda_schedule=%s: sampling and training must be the same network, lambda = 1; leave it at none",
         option_choice_name("lambda_schedule", o->lambda_schedule));
-  if (o->group_size < 2) die(EXIT_USAGE, "group_size=1: an answer is compared with the others of its group; a group of 1 has no signal");
+  if (o->group_size < 2)
+    die(EXIT_USAGE, "group_size=1: an answer is compared with the others of its group; a group of 1 has no signal");
   if (o->reward_model[0] == 0 && (o->reward_weights[0] || o->rule_weight >= 0 || o->reward_raw))
     die(EXIT_USAGE, "reward_weights, rule_weight and reward_raw say how reward models count; give them with reward_model=DIR");
   if (o->two_layer && o->second_advantage == SECOND_GROUP && o->augmentation_size < 2)
     die(EXIT_USAGE, "second_advantage=group compares the corrections of an answer; augmentation_size must be at least 2");
   if ((long long)o->batch_size * o->group_size > 1 << 20)
-    die(EXIT_USAGE, "batch_size=%d x group_size=%d is more than %d rows; use grad_accum for larger steps", o->batch_size, o->group_size, 1 << 20);
+    die(EXIT_USAGE, "batch_size=%d x group_size=%d is more than %d rows; use grad_accum for larger steps", o->batch_size,
+        o->group_size, 1 << 20);
 }
 
 // What is read before anything is written: questions, guides, rules.
 static void grpo_read_(Grpo *g, Options *o, const Config *c) {
   g->arithmetic = is_arithmetic(o);
-  if (o->data[0] == 0) die(EXIT_USAGE, "grpo needs questions: data=FILE.jsonl with {\"query\": ..., \"answer\": ...}, or the preset arithmetic");
+  if (o->data[0] == 0)
+    die(EXIT_USAGE, "grpo needs questions: data=FILE.jsonl with {\"query\": ..., \"answer\": ...}, or the preset arithmetic");
   if (g->arithmetic) {
     Arithmetic a;
     arithmetic_from_options(&a, o);
@@ -801,7 +856,8 @@ static void grpo_alloc_(Grpo *g, Model *m) {
   int rows = m->B, T = m->T, n = rows * o->grad_accum;
   size_t R = (size_t)m->R, cap = (size_t)n;
   g->m = m;
-  session_open(&g->session, m, rows, T, rows > 256 ? rows : 256, 1);
+  int together = sampled_together_(o, &m->c, rows);
+  session_open(&g->session, m, together, T, together > 256 ? together : 256, 1);
   samples_open(&g->first, n, T);
   if (o->two_layer) {
     int most = (int)size_mul((size_t)n, (size_t)o->augmentation_size) + o->buffer_size;
@@ -871,11 +927,13 @@ UNUSED static void mode_grpo(Options *o) {
   if (o->resume[0]) {
     run_check_mode(o, from);
     checkpoint_resume_options(o, from);
-    if (!is_dir(o->init)) die(EXIT_USAGE, "the run %s started from %s, which is needed as the reference and is not there", o->resume, o->init);
+    if (!is_dir(o->init))
+      die(EXIT_USAGE, "the run %s started from %s, which is needed as the reference and is not there", o->resume, o->init);
   } else {
     if (is_arithmetic(o)) {   // the problems that the model was trained on are those that it practises
       checkpoint_options(o, from);
-      if (!is_arithmetic(o)) die(EXIT_USAGE, "%s was not trained on arithmetic; give data=FILE.jsonl instead of the preset arithmetic", from);
+      if (!is_arithmetic(o))
+        die(EXIT_USAGE, "%s was not trained on arithmetic; give data=FILE.jsonl instead of the preset arithmetic", from);
     }
     // The reference is this very checkpoint, also when the run is resumed from another directory.
     if (realpath(from, full) == NULL) die(EXIT_USAGE, "init: cannot read %s: %s", from, strerror(errno));
@@ -909,7 +967,7 @@ UNUSED static void mode_grpo(Options *o) {
   model_load(&m, from, o->precision);
   m.dx_int8 = o->dx_int8 && o->precision == PRECISION_BF16;
   model_alloc_training(&m, rows, o->seq_len, o->recompute, 1);
-  if (o->beta > 0) {
+  if (o->beta > 0 || o->kl_every > 0) {
     load_to_run(&ref, start, o->precision, 1);
     if (ref.c.vocab != m.c.vocab) die(EXIT_USAGE, "%s: the reference has %d ids, the model %d", start, ref.c.vocab, m.c.vocab);
     model_alloc_batch(&ref, rows, o->seq_len, 1, 1);

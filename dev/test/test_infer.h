@@ -458,7 +458,7 @@ static void test_frozen(void) {
       model_alloc_batch(&m[k], 2, 70, 1, 1);
       losses[k] = (float)batch_loss(&m[k], &b, 0, coef, 0);
       for (size_t i = 0; i < ARRAY_LEN(samplers); i++) {
-        Prompt p[2] = {{tokens, 7, 0, 1, out[k][0], 0, 0, NULL}, {tokens + 20, 40, 0, 2, out[k][1], 0, 0, NULL}};
+        Prompt p[2] = {{tokens, 7, 0, 1, out[k][0], 0, 0, NULL, 0}, {tokens + 20, 40, 0, 2, out[k][1], 0, 0, NULL, 0}};
         session_open(&s, &m[k], 2, 150, i ? 16 : 64, 1);
         generate(&s, &samplers[i], p, 2, NEW, -1, c.vocab - 2, NULL, NULL);
         session_free(&s);

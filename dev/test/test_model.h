@@ -618,6 +618,61 @@ static void test_generate(void) {
   end_test_();
 }
 
+/*
+Several answers to the same prompt: with shares, which computes equal histories once, they have the tokens and the log-probabilities of
+answers that are sampled each for itself. Groups of 7, 1 and 7, the whole in one pass and in pieces of 16 rows; the temperature is low
+enough that answers begin alike and part later.
+*/
+static void test_generate_shared(void) {
+  enum { N = 15, MAX_NEW = 12, LONGEST = 21 };
+  static const int group[N] = {0, 0, 0, 0, 0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 2}, lengths[3] = {9, 3, LONGEST};
+  static const Sampler samplers[] = {{0, 0, 1, 1}, {0.25, 0, 1, 2}, {1, 0, 1, 3}};
+  Config c = small_config_(BITNET_STYLE);
+  Model m;
+  int ids[3][LONGEST], out[3][N][MAX_NEW], ended = 0, together = 0, apart = 0;
+  float logp[3][N][MAX_NEW + 1];
+  open_model_(&m, &c, PRECISION_BF16, 0, 0, 0, 1);
+  model_quantize(&m, 1);
+  for (int i = 0; i < 3; i++) {
+    for (int t = 0; t < lengths[i]; t++) ids[i][t] = test_below_(c.vocab);
+  }
+  for (size_t k = 0; k < ARRAY_LEN(samplers); k++) {
+    Prompt prompts[3][N];
+    int eos = samplers[k].temperature > 0 ? 5 : -1;
+    memset(logp, 0, sizeof logp);
+    for (int way = 0; way < 3; way++) {   // each for itself; shared; shared in pieces
+      Session s;
+      for (int i = 0; i < N; i++) {
+        Prompt *p = &prompts[way][i];
+        *p = new_prompt_(ids[group[i]], lengths[group[i]], (uint64_t)(50 + i), out[way][i]);
+        p->logp = k > 0 ? logp[way][i] : NULL;
+        p->shares = way > 0 && i > 0 && group[i] == group[i - 1];
+      }
+      session_open(&s, &m, N, 32, way == 2 ? 16 : 128, 1);
+      generate(&s, &samplers[k], prompts[way], N, MAX_NEW, eos, c.vocab, NULL, NULL);
+      session_free(&s);
+    }
+    for (int i = 0; i < N; i++) {
+      const Prompt *p = &prompts[0][i];
+      size_t n = (size_t)p->n_out;
+      ended += p->ended;
+      if (i > 0 && group[i] == group[i - 1] && k > 0) {
+        together += out[0][i][0] == out[0][i - 1][0];
+        apart += memcmp(out[0][i], out[0][i - 1], sizeof out[0][i]) != 0;
+      }
+      for (int way = 1; way < 3; way++) {
+        const Prompt *q = &prompts[way][i];
+        CHECK(q->n_out == p->n_out && q->ended == p->ended && same_bits_(q->out, p->out, n * sizeof(int)),
+              "sampler %zu, way %d: answer %d has other tokens than by itself", k, way, i);
+        CHECK(k == 0 || same_bits_(q->logp, p->logp, (n + (size_t)p->ended) * sizeof(float)), "sampler %zu, way %d: log-probabilities", k, way);
+      }
+    }
+  }
+  CHECK(ended > 0 && together > 3 && apart > 3, "%d ended, %d began together, %d parted: all are needed", ended, together, apart);
+  model_free(&m);
+  end_test_();
+}
+
 enum { SAMPLE_V_ = 12, SAMPLE_DRAWS_ = 30000 };
 
 /*
@@ -719,6 +774,7 @@ static void test_sampler(void) {
   {"no_allocation", "a step asks for no memory", test_no_allocation},                             \
   {"decode", "cached decoding has the bits of training's forward pass", test_decode},             \
   {"generate", "prompts together, in pieces, one at a time", test_generate},                      \
+  {"generate_shared", "answers to one prompt, computed once", test_generate_shared},              \
   {"sampler", "temperature, top_k, top_p against exact probabilities", test_sampler}
 
 #endif

@@ -150,6 +150,10 @@ def test_plot(tmp):
     text = open(f"{tmp}/both.html").read()
     check(Page(text).bad == [] and "Options that differ" in text and "<td>lr</td><td>0.001</td><td>0.5</td>" in text, "two runs")
     tool("plot", make_run(f"{tmp}/empty", []), code=2, words=["nothing was logged"])
+    tool("plot", a, "--panels", "loss,lose", code=2, words=["unknown name lose"])
+    tool("plot", a, "--panels", "loss,val_loss", "--out", f"{tmp}/few", "--html-only", words=["few.html"])
+    few = json.loads(Page(open(f"{tmp}/few.html").read()).scripts[0])["runs"][0]["panels"]
+    check(set(few) == {"loss", "val_loss"}, f"panels {sorted(few)}")
     if has("matplotlib"):
         tool("plot", a, b, "--out", f"{tmp}/both", "--png-only", words=["both.png"])
         check(open(f"{tmp}/both.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n" and os.path.getsize(f"{tmp}/both.png") > 20000, "PNG")
