@@ -79,10 +79,12 @@ static void unit_get(uint8_t *fields, const uint8_t *unit) {
 #endif
 }
 
+#ifdef BITNET_THIRDS
 // Every byte of x shifted down by n; what comes in from the byte above is cut off.
 static uint32_t bytes_down(uint32_t x, int n) {
   return x >> n & (0xffu >> n) * 0x01010101u;
 }
+#endif
 
 /*
 Four neighbouring bytes of each vector of a unit, from its codes [UNIT_K]. Four codes are worked on at once, as the bytes of a word: no byte
