@@ -90,7 +90,7 @@ def differences(runs):
     return [(k, v) for k, v in rows if any(json.dumps(x) != json.dumps(v[0]) for x in v)]
 
 
-def write_png(runs, path):
+def write_png(runs, path, dpi):
     try:
         import matplotlib
     except ImportError:
@@ -131,7 +131,7 @@ def write_png(runs, path):
     handles, labels = axes.flat[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="lower center", ncol=min(4, max(1, len(labels))), fontsize=8, frameon=False)
     fig.tight_layout(rect=(0, 0.04, 1, 1))
-    fig.savefig(path, dpi=110)
+    fig.savefig(path, dpi=dpi, pil_kwargs={"optimize": True})
     plt.close(fig)
 
 
@@ -243,6 +243,7 @@ def main():
     p.add_argument("--out", help="name of the files without extension (default: report in the first run's folder)")
     p.add_argument("--window", type=int, default=100, help="steps of the moving average (default %(default)s)")
     p.add_argument("--panels", help="names in the log, separated by commas (default: all that were logged)")
+    p.add_argument("--dpi", type=int, default=110, help="resolution of the PNG (default %(default)s)")
     p.add_argument("--html-only", action="store_true")
     p.add_argument("--png-only", action="store_true")
     args = p.parse_args()
@@ -261,7 +262,7 @@ def main():
         write_html(runs, out + ".html")
         print(out + ".html")
     if not args.html_only:
-        write_png(runs, out + ".png")
+        write_png(runs, out + ".png", args.dpi)
         print(out + ".png")
 
 
