@@ -97,16 +97,15 @@ static int preference_read_(const Records *r, const Json *object, Preference *x)
     return PREFERENCE_PAIR_;
   }
   v = preference_member_(object, answer, ARRAY_LEN(answer), &key);
-  char *text = preference_text_(r, object, v, key);
+  x->good = preference_text_(r, object, v, key);
   v = preference_member_(object, label, ARRAY_LEN(label), &key);
-  if (v == NULL) {
-    x->good = text;
-    return PREFERENCE_RIGHT_;
-  }
+  if (v == NULL) return PREFERENCE_RIGHT_;
   int whole = v->type == JSON_BOOL || v->type == JSON_INT;
   if (!whole || v->i < 0 || v->i > 1) records_refuse(r, object, key, "1 or true for a right answer, 0 or false for a wrong one");
-  if (v->i) x->good = text;
-  else x->bad = text;
+  if (!v->i) {
+    x->bad = x->good;
+    x->good = NULL;
+  }
   return PREFERENCE_LABEL_;
 }
 

@@ -183,11 +183,11 @@ static void reward_models_parse_(RewardModels *r, const char *text, const char *
   free(copy);
   if (r->n == 0) die(EXIT_USAGE, "reward_model: expected directories, found '%s'", text);
   if (weights[0]) {
-    double *w = numbers_read_("reward_weights", weights, &count);
     if (named) die(EXIT_USAGE, "reward_weights: reward_model=%s has weights already; give them once", text);
-    if (count != r->n) die(EXIT_USAGE, "reward_weights: expected one for each of the %d reward models, found %d", r->n, count);
-    for (int i = 0; i < r->n; i++) r->list[i].weight = w[i];
+    double *w = numbers_read_("reward_weights", weights, &count);
+    for (int i = 0; i < r->n && i < count; i++) r->list[i].weight = w[i];
     free(w);
+    if (count != r->n) die(EXIT_USAGE, "reward_weights: expected one for each of the %d reward models, found %d", r->n, count);
   }
   for (int i = 0; i < r->n; i++) {
     if (!(r->list[i].weight >= 0 && r->list[i].weight <= 1e9))

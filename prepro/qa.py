@@ -11,6 +11,8 @@ A record is {"query": question, "answer": what is right, "reasoning": the way th
     svamp        {Body, Question, Answer, Equation}, or {instruction, output, answer}
     multiarith   {question, final_ans}, {sQuestion, lSolutions}, or {instruction, output, answer}
     math         {problem, solution}: the answer is what the last \\boxed{...} holds
+    solutions    what models wrote and whether it was right: {question, ground_truth, MODEL: {solution, is_correct}, ...}, from a file only;
+                 records {query, answer, label} for ./train_bitnet reward
     generic      any; without --query and --answer the first pair that is there of query/answer, question/answer, problem/solution,
                  instruction/output, prompt/completion
 --path takes .json (a list), .jsonl, both also .gz. A file whose name has "train", "test" or "val" in it goes to that split; of files
@@ -138,7 +140,19 @@ def generic(item, place, args):
     return question, number(right), text_of(item, key)
 
 
-LOADERS = {"gsm8k": gsm8k, "svamp": svamp, "multiarith": multiarith, "math": math, "generic": generic}
+def solutions(item, place, args):
+    return (*fields(item, place, "question", "solution"), None)
+
+
+def each_solution(item, place):
+    """One object for each model in a record of GSM8K's example_model_solutions.jsonl."""
+    found = [v for v in item.values() if isinstance(v, dict) and "solution" in v] if isinstance(item, dict) else []
+    if not found or not all(isinstance(v.get("is_correct"), bool) for v in found):
+        refuse(place, item, "question and models with solution and is_correct")
+    return [{"question": item.get("question"), **v} for v in found]
+
+
+LOADERS = {"gsm8k": gsm8k, "svamp": svamp, "multiarith": multiarith, "math": math, "solutions": solutions, "generic": generic}
 
 
 def split_of_name(path):
@@ -154,10 +168,11 @@ def sources(args):
             if not path.removesuffix(".gz").endswith((".json", ".jsonl")):
                 common.fail(f"{path}: unsupported format; expected a .json list or a .jsonl file (also .gz)")
             for place, item in common.records(path):
-                yield split_of_name(path), place, item
+                for one in each_solution(item, place) if args.set == "solutions" else [item]:
+                    yield split_of_name(path), place, one
         return
-    if args.set == "generic":
-        common.fail("generic has no data set of its own; give files with --path FILE")
+    if args.set not in HUB:
+        common.fail(f"{args.set} has no data set of its own; give files with --path FILE")
     repo, config, splits = HUB[args.set]
     options = {"name": config} if config else {}
     for theirs, ours in splits.items():
@@ -184,6 +199,8 @@ def main():
             break
         query, answer, reasoning = LOADERS[args.set](item, place, args)
         record = {"query": query.strip(), "answer": answer.strip()}
+        if args.set == "solutions":
+            record["label"] = int(item["is_correct"])
         if not record["query"] or not record["answer"]:
             common.fail(f"{place}: {'query' if not record['query'] else 'answer'}: expected a text, found an empty one")
         if any("\0" in x for x in (query, answer, reasoning or "")):
@@ -201,6 +218,9 @@ def main():
             print(f"{path}: {len(rows)} questions, {sum('reasoning' in r for r in rows)} with reasoning")
     if Counts.contradicted:
         print(f"note: {Counts.contradicted} solutions do not end in the answer; their records have no reasoning")
+    if args.set == "solutions":
+        print(f"now: ./train_bitnet reward init=DIR data={os.path.join(out, 'train.jsonl')} val_data={os.path.join(out, 'test.jsonl')}")
+        return
     print(f"now: ./train_bitnet eval DIR task=qa file={os.path.join(out, 'test.jsonl' if splits['test'] else 'train.jsonl')}")
 
 

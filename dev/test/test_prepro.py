@@ -238,6 +238,9 @@ def test_qa(tmp):
     check(found == {"train": [{"query": "a?", "answer": "7"}, {"query": "b?", "answer": "20", "reasoning": "X=4*5"}]}, f"multiarith: {found}")
     found, _ = rows("math", "--path", write(f"{tmp}/math_test.jsonl", lines({"problem": "p", "solution": "so \\boxed{1} or \\boxed{\\frac{1}{2}}."})))
     check(found["test"][0]["answer"] == "\\frac{1}{2}", f"math: {found}")
+    wrote = {"question": "q", "ground_truth": "2", "small": {"is_correct": False, "solution": "3"}, "large": {"is_correct": True, "solution": "2"}}
+    found, _ = rows("solutions", "--path", write(f"{tmp}/s_train.jsonl", lines(wrote)), words=["reward init=DIR"])
+    check(found == {"train": [{"query": "q", "answer": "3", "label": 0}, {"query": "q", "answer": "2", "label": 1}]}, f"solutions: {found}")
     found, _ = rows("generic", "--path", write(f"{tmp}/g.jsonl", lines(*({"prompt": f"q{i}", "completion": i, "why": f"w{i}"} for i in range(200)))), "--val", 0.25, "--reasoning", "why")
     sides = {r["query"]: split for split, part in found.items() for r in part}
     check(len(sides) == 200 and 25 < len(found["test"]) < 80 and all(common.is_val(q, 0.25) == (s == "test") for q, s in sides.items()), "split by hash")
@@ -252,6 +255,7 @@ def test_qa(tmp):
     script("qa", "generic", "--path", write(f"{tmp}/e5.csv", "a,b"), "--out", f"{tmp}/e", code=2, words=["e5.csv", ".jsonl"])
     script("qa", "generic", "--path", write(f"{tmp}/e6.jsonl", "\n"), "--out", f"{tmp}/e", code=2, words=["no records"])
     script("qa", "generic", "--out", f"{tmp}/e", code=2, words=["--path FILE"])
+    script("qa", "solutions", "--path", write(f"{tmp}/e7.jsonl", lines({"question": "q"})), "--out", f"{tmp}/e", code=2, words=["e7.jsonl:1", "is_correct"])
     script("qa", "gsm8k", "--path", f"{tmp}/missing.jsonl", "--out", f"{tmp}/e", code=2, words=["cannot read", "missing.jsonl"])
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     script("qa", "gsm8k", "--out", f"{tmp}/e", code=2, words=["openai/gsm8k", "--path FILE"], env=offline)

@@ -301,22 +301,23 @@ static void test_scorer(void) {
                  write_("p.jsonl", "{\"query\": \"1+1=\", \"positive\": 2, \"negative\": 3}\n"), test_dir()) == 0, "from a reward model: %s", run_err);
 }
 
-// Right and wrong results of sums that it has not seen: a network that has learned to add, then what is wrong with other results.
+// Sums that it has not seen: a network from random weights learns that the result is better than one that is off by 10 or more.
 UNUSED static void test_reward_learns(void) {
-  char base[600], run[4096], path[700];
+  char base[600], path[700], tok[4200];
   StrBuf b = {NULL, 0, 0};
   snprintf(base, sizeof base, "%s", test_dir());
-  CHECK(program_("", "simple dim=64 layers=2 heads=4 ffn_dim=192 arith_ops=+ steps=400 batch_size=128 lr=8e-3 lambda_schedule=none max_seq=12 "
-                     "eval_problems=100 run_dir=%s", base) == 0, "%s", run_err);
-  snprintf(run, sizeof run, "%s", last_run_());
+  checkpoint_path(tok, sizeof tok, grpo_base_());
   for (uint64_t i = 0; i < 3000; i++) {
-    int x = (int)rng_below(1, RNG_TEST, 2 * i, 100), y = (int)rng_below(1, RNG_TEST, 2 * i + 1, 100);
-    strbuf_printf(&b, "{\"query\": \"%d+%d=\", \"answer\": %d}\n", x, y, x + y);
+    int x = (int)rng_below(1, RNG_TEST, 3 * i, 50), y = (int)rng_below(1, RNG_TEST, 3 * i + 1, 50), right = x + y;
+    int off = 10 + (int)rng_below(1, RNG_TEST, 3 * i + 2, 40), wrong = right >= off ? right - off : right + off;
+    strbuf_printf(&b, "{\"query\": \"%d+%d=\", \"positive\": %d, \"negative\": %d}\n", x, y, right, wrong);
   }
   snprintf(path, sizeof path, "%s", write_("sums.jsonl", b.data));
-  CHECK(program_("", "reward data=%s init=%s qa_template=plain batch_size=64 steps=300 lr=6e-3 run_dir=%s", path, run, base) == 0, "%s", run_err);
+  CHECK(program_("", "reward data=%s tokenizer=%s qa_template=plain dim=64 layers=2 heads=4 ffn_dim=192 init_std=0.1 batch_size=64 steps=300 "
+                     "lr=1e-2 run_dir=%s", path, tok, base) == 0, "%s", run_err);
   double accuracy = 0;
   const char *at = strstr(run_out, "pair_accuracy ");
+  // Of 290 pairs; without anything learned half of them are in order, and 0.9 is fourteen deviations from that.
   CHECK(at && sscanf(at, "pair_accuracy %lf", &accuracy) == 1 && accuracy > 0.9, "held-out pairs in the right order: %.3f", accuracy);
   strbuf_free(&b);
 }
