@@ -279,7 +279,7 @@ static const Preset presets[] = {
     {"simple", "100 steps of arithmetic with a small batch: does everything work here?",
      "dim=128 layers=3 heads=4 ffn_dim=384 steps=100 batch_size=64 lr=4e-3 warmup_steps=10 lambda_warmup_frac=0.2 min_lr=0 init_std=0.1"},
     {"finetune", "makes a pretrained model ternary: init=MODEL data=; the default with init=. lr: see modes/pretrain.h",
-     "steps=1000 batch_size=16 warmup_steps=50 weight_decay=0 lambda_schedule=warmup lambda_warmup_frac=0.4 save_every=500 eval_every=100"},
+     "steps=1000 batch_size=16 warmup_steps=50 weight_decay=0 lambda_schedule=exponential save_every=500 eval_every=100"},
     {"tinystories", "12M parameters for TinyStories or a text of your own; give data=",
      "dim=384 layers=6 heads=8 kv_heads=4 ffn_dim=1152 seq_len=256 steps=5000 batch_size=16 grad_accum=2 lr=1.5e-3 "
      "lr_schedule=two_stage warmup_steps=250 "

@@ -415,23 +415,24 @@ static int expected_ids_(int *ids, int cap, const Json *list) {
   return n;
 }
 
-// Sum over the ids behind the first of -log p, in double.
+// Sum over the ids behind the first of -log p, in double. Some ids at a time: a session has room for a few rows of a large vocabulary.
 static double expected_loss_(Model *m, const int *ids, int n) {
   Session s;
   double nll = 0;
-  int *seq = (int *)xcalloc((size_t)n, sizeof(int)), *pos = (int *)xcalloc((size_t)n, sizeof(int));
-  for (int i = 0; i < n; i++) pos[i] = i;
-  session_open(&s, m, 1, n, n, m->frozen);
-  const float *z = session_forward(&s, ids, seq, pos, n);
-  for (int i = 0; i + 1 < n; i++, z += m->c.vocab) {
-    double most = (double)z[0], sum = 0;
-    for (int v = 1; v < m->c.vocab; v++) most = (double)z[v] > most ? (double)z[v] : most;
-    for (int v = 0; v < m->c.vocab; v++) sum += exp((double)z[v] - most);
-    nll += most + log(sum) - (double)z[ids[i + 1]];
+  int seq[16] = {0}, pos[16];
+  session_open(&s, m, 1, n, 16, m->frozen);
+  for (int first = 0; first + 1 < n; first += 16) {
+    int rows = n - first < 16 ? n - first : 16;
+    for (int i = 0; i < rows; i++) pos[i] = first + i;
+    const float *z = session_forward(&s, ids + first, seq, pos, rows);
+    for (int i = 0; i < rows && first + i + 1 < n; i++, z += m->c.vocab) {
+      double most = (double)z[0], sum = 0;
+      for (int v = 1; v < m->c.vocab; v++) most = (double)z[v] > most ? (double)z[v] : most;
+      for (int v = 0; v < m->c.vocab; v++) sum += exp((double)z[v] - most);
+      nll += most + log(sum) - (double)z[ids[first + i + 1]];
+    }
   }
   session_free(&s);
-  free(seq);
-  free(pos);
   return nll;
 }
 
