@@ -153,7 +153,7 @@ SCRIPT = """
 const data = JSON.parse(document.getElementById('data').textContent), shown = data.runs.map(() => true);
 const W = 440, H = 200, L = 50, R = 18, T = 8, B = 24, svgNS = 'http://www.w3.org/2000/svg';
 const el = (tag, attrs, parent) => { const e = document.createElementNS(svgNS, tag); for (const k in attrs) e.setAttribute(k, attrs[k]); if (parent) parent.append(e); return e; };
-const show = v => v === 0 ? '0' : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3 ? v.toExponential(2) : Math.abs(v) >= 100 ? v.toFixed(0) : String(+v.toPrecision(4));
+const show = v => v === 0 ? '0' : Math.abs(v) >= 1e5 || Math.abs(v) < 9.99e-5 ? v.toExponential(2) : Math.abs(v) >= 100 ? v.toFixed(0) : String(+v.toPrecision(4));
 function ticks(lo, hi, n) { const raw = (hi - lo) / n, p = 10 ** Math.floor(Math.log10(raw)), s = [1, 2, 5, 10].find(m => m * p >= raw) * p, out = []; for (let t = Math.ceil(lo / s) * s; t <= hi + s * 1e-9; t += s) out.push(t); return out; }
 function logTicks(lo, hi) { const out = []; for (let k = Math.floor(lo); k <= hi; k++) for (const m of [1, 2, 5]) { const t = k + Math.log10(m); if (t >= lo && t <= hi) out.push(t); } return out.length > 8 ? out.filter(t => Math.abs(t - Math.round(t)) < 1e-9) : out; }
 function draw(panel) {

@@ -4,8 +4,9 @@ perplexity.h: how well does a model predict a text.
 What it is:  ./train_bitnet perplexity DIR file=book.txt [overlap=128]     a text file
              ./train_bitnet perplexity DIR data='data/val_*.bin'           token shards
              The tokens are cut into windows of seq_len (default: the model's context). The first `overlap` tokens of a window are only
-             context for the others; without overlap every window starts blind. Prints the loss and perplexity per token, and per byte
-             of text, which is the one to compare between models with different tokenizers.
+             context for the others; without overlap every window starts blind. The documents of shards are read as in training: each
+             begins anew behind the end-of-text token. Prints the loss and perplexity per token, and per byte of
+             text, which is the one to compare between models with different tokenizers.
 Read before: modes/generate.h, bitnet/losses.h.
 Defines:     mode_perplexity.
 */
@@ -17,8 +18,9 @@ Defines:     mode_perplexity.
 
 enum { PERPLEXITY_ROWS = 8 };   // windows that go through the model together
 
-// All tokens of the text file or of the shards, in order. Caller frees.
-static int *perplexity_tokens_(const Options *o, const Tokenizer *tok, int vocab, size_t *n) {
+// All tokens of the text file or of the shards, in order. Caller frees. *eot: the token that ends a document, -1 for a text file.
+static int *perplexity_tokens_(const Options *o, const Tokenizer *tok, int vocab, size_t *n, int *eot) {
+  *eot = -1;
   if (o->file[0]) {
     size_t len;
     char *text = read_file(o->file, &len);
@@ -32,6 +34,7 @@ static int *perplexity_tokens_(const Options *o, const Tokenizer *tok, int vocab
   DataLoader d;
   loader_open_shards(&d, o->data, vocab, -1, 0, 0);
   loader_check_tokenizer(&d, tok);
+  *eot = d.eot >= 0 ? d.eot : tok->eos_id;
   size_t at = 0;
   int *ids = (int *)xmalloc(size_mul((size_t)d.n_tokens + 1, sizeof(int)));
   for (size_t i = 0; i < d.n_shards; i++) {
@@ -46,10 +49,11 @@ UNUSED static void mode_perplexity(Options *o) {
   Speaker s;
   Batch b;
   size_t n;
+  int eot;
   if ((o->file[0] != 0) == (options_is_set(o, "data") == FROM_USER))
     die(EXIT_USAGE, "perplexity needs one of file=TEXT and data=GLOB");
   speaker_open(&s, o, (float)o->lambda);
-  int *ids = perplexity_tokens_(o, &s.tok, s.m.c.vocab, &n);
+  int *ids = perplexity_tokens_(o, &s.tok, s.m.c.vocab, &n, &eot);
   int T = o->seq_len > 0 && o->seq_len < s.m.c.max_seq ? o->seq_len : s.m.c.max_seq;
   if (n < 2) die(EXIT_USAGE, "perplexity: expected a text of at least 2 tokens, found %zu", n);
   if (o->overlap >= T) die(EXIT_USAGE, "overlap=%d leaves nothing to predict in a window of %d tokens", o->overlap, T);
@@ -63,13 +67,16 @@ UNUSED static void mode_perplexity(Options *o) {
   while (next < windows) {
     for (int r = 0; r < PERPLEXITY_ROWS; r++, next++) {
       size_t first = next * step, o0 = (size_t)r * (size_t)T;
+      int begin = 0;   // of the document
       for (int t = 0; t < T; t++) {
         size_t at = first + (size_t)t;
         int there = next < windows && at + 1 < n;
         b.tokens[o0 + (size_t)t] = there ? ids[at] : 0;
-        b.targets[o0 + (size_t)t] = there && (t >= overlap || next == 0) ? ids[at + 1] : IGNORE;
-        b.start[o0 + (size_t)t] = 0;
-        b.pos[o0 + (size_t)t] = t;
+        int ends = there && eot >= 0 && ids[at] == eot;
+        b.targets[o0 + (size_t)t] = there && !ends && (t >= overlap || next == 0) ? ids[at + 1] : IGNORE;
+        b.start[o0 + (size_t)t] = begin;
+        b.pos[o0 + (size_t)t] = t - begin;
+        if (ends) begin = t + 1;
         if (b.targets[o0 + (size_t)t] != IGNORE) {
           size_t len;
           tokenizer_piece(&s.tok, ids[at + 1], &len);

@@ -310,6 +310,30 @@ static void test_run_resume_shards(void) {
   }
 }
 
+// Perplexity of shards: a document is predicted as if it stood alone, and nothing is predicted behind its end.
+static void test_run_perplexity(void) {
+  Tokenizer tok;
+  char base[600], run[4096], path[4200];
+  int ids[18], tokens[3];
+  double loss[3];
+  tokenizer_arithmetic(&tok);
+  snprintf(base, sizeof base, "%s", test_dir());
+  CHECK(program_("", TINY "run_dir=%s steps=3 seq_len=24", base) == 0, "%s", run_err);
+  snprintf(run, sizeof run, "%s", last_run_());
+  for (int i = 0; i < 18; i++) ids[i] = i == 7 || i == 17 ? tok.eos_id : 1 + i * 5 % 10;
+  for (int k = 0; k < 3; k++) {   // the first document, the second, both
+    path_join(path, sizeof path, base, "x.bin");
+    shard_write(path, ids + (k == 1 ? 8 : 0), k == 0 ? 8 : k == 1 ? 10 : 18, tok.vocab_padded, 0, tok.eos_id);
+    CHECK(program_("", "perplexity %s data=%s", run, path) == 0, "%s", run_err);
+    const char *at = strstr(run_out, " loss ");
+    CHECK(at && sscanf(run_out, "tokens %d", &tokens[k]) == 1 && sscanf(at, " loss %lf", &loss[k]) == 1, "%s", run_out);
+  }
+  CHECK(tokens[0] == 7 && tokens[1] == 9 && tokens[2] == 16, "%d, %d, together %d tokens", tokens[0], tokens[1], tokens[2]);
+  CHECK(fabs(16 * loss[2] - 7 * loss[0] - 9 * loss[1]) < 2e-5, "%g and %g, together %g", loss[0], loss[1], loss[2]);
+  CHECK(fabs(loss[0] - loss[1]) > 1e-3, "both documents cost %g", loss[0]);
+  tokenizer_free(&tok);
+}
+
 // The first signal stops the run after the step and saves; it goes on afterwards.
 static void test_run_signal(void) {
   char base[600], run[4096], line[6000], path[4200];
@@ -578,6 +602,7 @@ static void test_run_errors(void) {
   {"run_same_bits", "threads, recompute and how often to evaluate do not change a bit", test_run_same_bits},   \
   {"run_resume", "stopped at any step and resumed = never stopped", test_run_resume},                          \
   {"run_resume_shards", "the same on shards: twice in an epoch, packing, masks, mixtures, other threads", test_run_resume_shards}, \
+  {"run_perplexity", "documents of shards are predicted as if they stood alone", test_run_perplexity}, \
   {"run_signal", "SIGTERM saves, the run goes on", test_run_signal},                                           \
   {"run_not_finite", "exploding numbers stop the run with a message", test_run_not_finite},                    \
   {"dry_run", "the largest batch that fits", test_dry_run},                                                    \
