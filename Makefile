@@ -15,7 +15,7 @@ MARCH   = -mcpu=native
 endif
 
 # OpenMP where the compiler has it; without it the program is the same, on one thread.
-OPENMP := $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c -o /dev/null - 2>/dev/null && echo 1 || echo 0)
+OPENMP := $(shell t=$$(mktemp); echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c -o $$t - 2>/dev/null && echo 1 || echo 0; rm -f $$t)
 ifeq ($(OPENMP),1)
 OMP     = -fopenmp
 else
