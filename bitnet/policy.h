@@ -65,8 +65,8 @@ group of one never has a signal.
     mean      (r - mean) / (mean + 1e-4), for rewards of 0 and 1
 
 Dividing by the group's deviation gives a question that is nearly always (or never) answered right more weight. Dividing by the mean
-gives the hard ones the most: with p the probability of a right answer, the gradient of a question is on average that of p with none, of
-asin(sqrt p) with group, and of log p with mean, which is what learning from given answers would follow.
+gives the hard ones the most: with p the probability of a right answer, the gradient of a question is on average that of p with none,
+of asin(sqrt p) with group, and of log p with mean, which is what learning from given answers would follow.
 */
 UNUSED static int advantages(double *A, const double *r, size_t groups, size_t G, int kind) {
   size_t n = groups * G;

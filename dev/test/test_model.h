@@ -664,7 +664,8 @@ static void test_generate_shared(void) {
         const Prompt *q = &prompts[way][i];
         CHECK(q->n_out == p->n_out && q->ended == p->ended && same_bits_(q->out, p->out, n * sizeof(int)),
               "sampler %zu, way %d: answer %d has other tokens than by itself", k, way, i);
-        CHECK(k == 0 || same_bits_(q->logp, p->logp, (n + (size_t)p->ended) * sizeof(float)), "sampler %zu, way %d: log-probabilities", k, way);
+        CHECK(k == 0 || same_bits_(q->logp, p->logp, (n + (size_t)p->ended) * sizeof(float)),
+              "sampler %zu, way %d: log-probabilities", k, way);
       }
     }
   }
