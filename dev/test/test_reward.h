@@ -165,7 +165,8 @@ static void test_linear_scorer(void) {
 // The network.
 
 /*
-A value depends on its text alone: not on the texts beside it, its row, the length of rows, or the number of threads. Backward: rows without a slope change nothing.
+A value depends on its text alone: not on the texts beside it, its row, the length of rows, or the number of threads. Backward: rows
+without a slope change nothing.
 */
 static void test_value_padding(void) {
   enum { N = 5, T = 24, LONGER = 37 };
