@@ -471,7 +471,8 @@ UNUSED static void mode_reward(Options *o) {
   w.arithmetic = is_arithmetic(o);
   if (!w.arithmetic) reward_read_(&w, o);
   if (!pretrain_tokenizer_(&tok, o, from))
-    die(EXIT_USAGE, from[0] ? "%s brings no tokenizer" : "reward needs a tokenizer: tokenizer=DIR, or init=DIR, a model with its own%s", from);
+    die(EXIT_USAGE, from[0] ? "%s brings no tokenizer" : "reward needs a tokenizer: tokenizer=DIR, or init=DIR, a model with its own%s",
+        from);
   w.tok = &tok;
   if (w.arithmetic) reward_problems_(&w, o, &tok);
   if (o->qa_template == QA_CHATML && end_token(&tok, QA_CHATML) < 0)

@@ -39,10 +39,12 @@ static void test_preferences(void) {
   preferences_free(&set);
   set = preferences_load(write_("b.json", "[{\"question\": \"q\", \"answer\": \"a\", \"label\": 0},\n"
                                           " {\"query\": \"q\", \"answer\": \"b\", \"is_correct\": true}]"), 1);
-  CHECK(set.n == 2 && !set.pairs && set.items[0].good == NULL && strcmp(set.items[1].good, "b") == 0 && set.items[1].bad == NULL, "labels");
+  CHECK(set.n == 2 && !set.pairs && set.items[0].good == NULL && strcmp(set.items[1].good, "b") == 0 && set.items[1].bad == NULL,
+        "labels");
   preferences_free(&set);
   // Right answers alone: the wrong one is another record's, and another text.
-  set = preferences_load(write_("c.jsonl", "{\"query\": \"1\", \"answer\": 5}\n{\"query\": \"2\", \"answer\": 5}\n{\"query\": \"3\", \"answer\": 6}\n"), 1);
+  set = preferences_load(write_("c.jsonl",
+      "{\"query\": \"1\", \"answer\": 5}\n{\"query\": \"2\", \"answer\": 5}\n{\"query\": \"3\", \"answer\": 6}\n"), 1);
   CHECK(set.n == 3 && set.pairs && strcmp(set.items[0].bad, "6") == 0 && strcmp(set.items[1].bad, "6") == 0 &&
             strcmp(set.items[2].bad, "5") == 0, "made pairs");
   preferences_free(&set);
@@ -54,7 +56,8 @@ static void test_preferences(void) {
   preferences_split(&set, &held, 0.25);
   CHECK(set.n + held.n == 400 && held.n > 60 && held.n < 140, "%zu of 400 held out", held.n);
   for (size_t i = 0; i < held.n; i++) {
-    for (size_t k = 0; k < set.n; k++) CHECK(strcmp(set.items[k].query, held.items[i].query) != 0, "%s is on both sides", set.items[k].query);
+    for (size_t k = 0; k < set.n; k++) CHECK(strcmp(set.items[k].query, held.items[i].query) != 0, "%s is on both sides",
+          set.items[k].query);
   }
   preferences_free(&set);
   preferences_free(&held);
@@ -65,7 +68,8 @@ static void test_preferences(void) {
     {"\n{\"positive\": \"g\", \"negative\": \"n\"}\n", "x.jsonl:2: query"},
     {"{\"query\": \"q\", \"answer\": \"g\", \"label\": 2}\n", "x.jsonl:1: label"},
     {"{\"query\": \"q\", \"answer\": \"g\", \"label\": \"yes\"}\n", "x.jsonl:1: label"},
-    {"{\"query\": \"q\", \"answer\": \"g\", \"label\": 1}\n{\"query\": \"q\", \"positive\": \"g\", \"negative\": \"n\"}\n", "x.jsonl:2: expected an answer"},
+    {"{\"query\": \"q\", \"answer\": \"g\", \"label\": 1}\n{\"query\": \"q\", \"positive\": \"g\", \"negative\": \"n\"}\n",
+        "x.jsonl:2: expected an answer"},
     {"{\"query\": \"q\", \"answer\": \"g\"}\n{\"query\": \"r\", \"answer\": \"g\"}\n", "the same answer"},
     {"{\"query\": \"q\", \"answer\": [1]}\n", "x.jsonl:1: answer"},
     {"{\"query\": \"q\", \"chosen\": {\"text\": \"g\"}, \"rejected\": \"n\"}\n", "x.jsonl:1: chosen"},
@@ -106,7 +110,8 @@ static void test_linear_scorer(void) {
   StrBuf b = {NULL, 0, 0};
   double losses[100], before;
   char err[600];
-  for (int i = 0; i < 4; i++) strbuf_printf(&b, "{\"query\": \"is it so %d\", \"positive\": \"%s\", \"negative\": \"%s\"}\n", i, good[i], bad[i]);
+  for (int i = 0; i < 4; i++) strbuf_printf(&b, "{\"query\": \"is it so %d\", \"positive\": \"%s\", \"negative\": \"%s\"}\n", i,
+      good[i], bad[i]);
   PreferenceSet set = preferences_load(write_("l.jsonl", b.data), 1);
   linear_train(&s, &set, 1, 0, 7, losses);   // lr 0: as it starts
   before = linear_score(&s, "is it so 1", "YES course") - linear_score(&s, "is it so 1", "no never");
@@ -132,14 +137,17 @@ static void test_linear_scorer(void) {
   linear_free(&s);
   linear_train(&s, &set, 100, 0.1, 7, losses);
   double after = linear_score(&s, "is it so 1", "YES course") - linear_score(&s, "is it so 1", "no never");
-  CHECK(losses[99] < 0.1 * losses[0] && after > 2 && after > before, "loss %g to %g, margin %g to %g", losses[0], losses[99], before, after);
-  CHECK(linear_score(&s, "", "") == s.params[size - 1] && linear_score(&s, "zebra", "gnu") == s.params[size - 1], "unknown words count nothing");
+  CHECK(losses[99] < 0.1 * losses[0] && after > 2 && after > before, "loss %g to %g, margin %g to %g", losses[0], losses[99],
+        before, after);
+  CHECK(linear_score(&s, "", "") == s.params[size - 1] && linear_score(&s, "zebra", "gnu") == s.params[size - 1],
+        "unknown words count nothing");
   StrBuf text = {NULL, 0, 0}, again = {NULL, 0, 0};
   linear_write(&s, &text);
   const char *path = write_("linear.json", text.data);
   linear_read(&copy, path);
   linear_write(&copy, &again);
-  CHECK(strcmp(text.data, again.data) == 0 && linear_score(&copy, "is it", "yes no") == linear_score(&s, "is it", "yes no"), "read back");
+  CHECK(strcmp(text.data, again.data) == 0 && linear_score(&copy, "is it", "yes no") == linear_score(&s, "is it", "yes no"),
+        "read back");
   static const char *const broken[] = {"{", "{}", "{\"words\": [\"a\"], \"params\": [1, 2]}", "{\"words\": [3], \"params\": []}"};
   for (size_t i = 0; i < ARRAY_LEN(broken); i++) {
     int code = run_child(child_linear_, (void *)(uintptr_t)write_("broken.json", broken[i]), err, sizeof err);
@@ -157,8 +165,8 @@ static void test_linear_scorer(void) {
 // The network.
 
 /*
-A value depends on its text alone: not on the texts beside it, its row, the length of rows, or the number of threads; and a model that only
-runs gives the bits of the one that is trained. Backward: rows without a slope change nothing.
+A value depends on its text alone: not on the texts beside it, its row, the length of rows, or the number of threads. Backward: rows
+without a slope change nothing.
 */
 static void test_value_padding(void) {
   enum { N = 5, T = 24, LONGER = 37 };
@@ -187,7 +195,8 @@ static void test_value_padding(void) {
     model_forward(&m);
     value_forward(&head, &m, B, values);
     if (form == 0) memcpy(first, values, sizeof first);
-    for (int i = 0; i < N; i++) CHECK(values[shift + i] == first[i], "form %d, text %d: %.17g, alone %.17g", form, i, values[shift + i], first[i]);
+    for (int i = 0; i < N; i++) CHECK(values[shift + i] == first[i], "form %d, text %d: %.17g, alone %.17g", form, i,
+          values[shift + i], first[i]);
     double slopes[N + 3] = {0};
     dev_zero(m.grads, m.table.floats * sizeof(float));
     value_backward(&head, &m, B, slopes);
@@ -207,7 +216,8 @@ static void test_value_padding(void) {
   dev_init(0);
 }
 
-#define REWARD_TINY "reward arithmetic dim=32 layers=2 heads=4 kv_heads=2 ffn_dim=48 batch_size=8 arith_max=9 lr=1e-2 eval_problems=20 steps=6 "
+#define REWARD_TINY \
+  "reward arithmetic dim=32 layers=2 heads=4 kv_heads=2 ffn_dim=48 batch_size=8 arith_max=9 lr=1e-2 eval_problems=20 steps=6 "
 
 // A tiny reward model; its run folder, in static storage.
 static const char *reward_base_(void) {
@@ -220,7 +230,8 @@ static const char *reward_base_(void) {
 
 // What makes no difference to the trained bits; stopping and going on; and the loss of the log.
 static void test_reward_same_bits(void) {
-  static const char *const variants[] = {"threads=1", "threads=2", "threads=3", "recompute=1", "eval_every=2 save_every=1 sample_every=3"};
+  static const char *const variants[] = {"threads=1", "threads=2", "threads=3", "recompute=1",
+      "eval_every=2 save_every=1 sample_every=3"};
   char base[600], first[4096];
   snprintf(base, sizeof base, "%s", test_dir());
   for (size_t i = 0; i < ARRAY_LEN(variants); i++) {
@@ -228,10 +239,12 @@ static void test_reward_same_bits(void) {
     if (i == 0) snprintf(first, sizeof first, "%s", last_run_());
     CHECK(same_in_runs_(first, last_run_(), "model.safetensors"), "%s: other parameters than threads=1", variants[i]);
   }
-  CHECK(program_("", REWARD_TINY "run_dir=%s stop_at=3", base) == 0 && program_("", "reward resume=%s", last_run_()) == 0, "%s", run_err);
+  CHECK(program_("", REWARD_TINY "run_dir=%s stop_at=3", base) == 0 && program_("", "reward resume=%s", last_run_()) == 0, "%s",
+        run_err);
   CHECK(same_in_runs_(first, last_run_(), "model.safetensors"), "resumed: other parameters");
   for (int step = 1; step <= 6; step++)
-    CHECK(logged_(first, step, "loss") == logged_(last_run_(), step, "loss") && logged_(first, step, "margin") == logged_(last_run_(), step, "margin"),
+    CHECK(logged_(first, step, "loss") == logged_(last_run_(), step, "loss") &&
+              logged_(first, step, "margin") == logged_(last_run_(), step, "margin"),
           "the logs differ at step %d", step);
   // Two micro-batches of four pairs are one of eight, up to rounding.
   CHECK(program_("", REWARD_TINY "run_dir=%s batch_size=4 grad_accum=2 precision=fp32", base) == 0, "%s", run_err);
@@ -243,8 +256,8 @@ static void test_reward_same_bits(void) {
 }
 
 /*
-A scorer gives the values that its model had in training, whatever stands beside a text, and texts that are too long lose the question's
-beginning.
+A scorer gives the values that its model had in training, whatever stands beside a text. Texts that are too long lose the beginning of
+the question.
 */
 static void test_scorer(void) {
   char path[4200], config[4300];
@@ -296,9 +309,11 @@ static void test_scorer(void) {
   // The directory is one that says what it is; other formats refuse it.
   path_join(config, sizeof config, path, "config.json");
   CHECK(contains_(config, "\"value_head\": 1") && contains_(config, "BitnetCForSequenceScore"), "config.json");
-  CHECK(program_("", "convert init=%s out=%s/m.gguf format=gguf", path, test_dir()) == EXIT_USAGE && strstr(run_err, "reward model"), "%s", run_err);
+  CHECK(program_("", "convert init=%s out=%s/m.gguf format=gguf", path, test_dir()) == EXIT_USAGE && strstr(run_err,
+        "reward model"), "%s", run_err);
   CHECK(program_("", "reward init=%s data=%s qa_template=plain steps=1 batch_size=1 holdout=0 run_dir=%s", reward_base_(),
-                 write_("p.jsonl", "{\"query\": \"1+1=\", \"positive\": 2, \"negative\": 3}\n"), test_dir()) == 0, "from a reward model: %s", run_err);
+                 write_("p.jsonl", "{\"query\": \"1+1=\", \"positive\": 2, \"negative\": 3}\n"), test_dir()) == 0,
+                     "from a reward model: %s", run_err);
 }
 
 // Sums that it has not seen: a network from random weights learns that the result is better than one that is off by 10 or more.
@@ -334,7 +349,8 @@ static void test_grpo_reward_models(void) {
                  write_("w.jsonl", "{\"query\": \"1+1=\", \"positive\": \"2\", \"negative\": \"3\"}\n")) == 0, "%s", run_err);
   snprintf(linear, sizeof linear, "%s", last_run_());
   snprintf(models, sizeof models, "%s:3,%s:1", net, linear);
-  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s steps=4 reward_models=%s rule_weight=0.2 csv_log=%s", from, base, models, csv) == 0, "%s", run_err);
+  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s steps=4 reward_models=%s rule_weight=0.2 csv_log=%s", from, base, models,
+        csv) == 0, "%s", run_err);
   snprintf(first, sizeof first, "%s", last_run_());
   for (int step = 1; step <= 4; step++) {
     double rule = logged_(first, step, "rule_reward"), m1 = logged_(first, step, "model_1"), m2 = logged_(first, step, "model_2");
@@ -343,15 +359,19 @@ static void test_grpo_reward_models(void) {
   }
   CHECK(contains_(csv, "step,loss,mean_reward,kl,rule_reward,model_1,model_2\n"), "the CSV header");
   // Stopped and resumed, and with other threads: the same bits.
-  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s steps=4 reward_models=%s rule_weight=0.2 stop_at=2 threads=2", from, base, models) == 0 &&
+  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s steps=4 reward_models=%s rule_weight=0.2 stop_at=2 threads=2", from, base,
+        models) == 0 &&
             program_("", "grpo resume=%s threads=1", last_run_()) == 0, "%s", run_err);
   CHECK(same_in_runs_(first, last_run_(), "model.safetensors"), "resumed: other parameters");
   // The weights in a list of their own; models alone; the second layer.
   snprintf(models, sizeof models, "%s,%s", net, linear);
-  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s steps=4 reward_model=%s reward_weights=3,1 rule_weight=0.2", from, base, models) == 0 &&
+  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s steps=4 reward_model=%s reward_weights=3,1 rule_weight=0.2", from, base,
+        models) == 0 &&
             same_in_runs_(first, last_run_(), "model.safetensors"), "weights as a list: %s", run_err);
-  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s steps=2 reward_model=%s two_layer=1 reward_raw=1", from, base, models) == 0, "%s", run_err);
-  CHECK(fabs(logged_(last_run_(), 2, "reward") - (logged_(last_run_(), 2, "model_1") + logged_(last_run_(), 2, "model_2")) / 2) < 1e-12, "equal weights");
+  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s steps=2 reward_model=%s two_layer=1 reward_raw=1", from, base, models) == 0,
+        "%s", run_err);
+  CHECK(fabs(logged_(last_run_(), 2, "reward") - (logged_(last_run_(), 2, "model_1") + logged_(last_run_(), 2,
+        "model_2")) / 2) < 1e-12, "equal weights");
   static const struct { const char *models, *options, *said; } bad[] = {
     {"%s", "reward_weights=1,2", "reward_weights"}, {"%s:1", "reward_weights=1", "once"}, {"%s:-1", "", "weight"},
     {"%s:0", "", "weights are 0"}, {"%s/nothing", "", "nothing"}, {",", "", "reward_model"}};
@@ -362,11 +382,14 @@ static void test_grpo_reward_models(void) {
     int code = program_("", GRPO_TINY "init=%s run_dir=%s/none reward_model=%s %s", from, base, models, bad[i].options);
     CHECK(code == EXIT_USAGE && strstr(run_err, bad[i].said), "%s: exit %d, %s", bad[i].said, code, run_err);
   }
-  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s/none reward_model=%s", from, base, from) == EXIT_USAGE && strstr(run_err, "value head"), "%s", run_err);
-  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s/none rule_weight=0.5", from, base) == EXIT_USAGE && strstr(run_err, "reward_model"), "%s", run_err);
+  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s/none reward_model=%s", from, base, from) == EXIT_USAGE && strstr(run_err,
+        "value head"), "%s", run_err);
+  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s/none rule_weight=0.5", from, base) == EXIT_USAGE && strstr(run_err,
+        "reward_model"), "%s", run_err);
   CHECK(program_("", "reward run_dir=%s/none", base) == EXIT_USAGE && strstr(run_err, "data="), "%s", run_err);
   CHECK(program_("", "reward linear data=arithmetic run_dir=%s/none", base) == EXIT_USAGE && strstr(run_err, "words"), "%s", run_err);
-  CHECK(program_("", "reward run_dir=%s/none data=%s", base, write_("w.jsonl", "{\"query\": 1}\n")) == EXIT_USAGE && strstr(run_err, "w.jsonl:1"), "%s",
+  CHECK(program_("", "reward run_dir=%s/none data=%s", base, write_("w.jsonl", "{\"query\": 1}\n")) == EXIT_USAGE && strstr(run_err,
+        "w.jsonl:1"), "%s",
         run_err);
   path_join(csv, sizeof csv, base, "none");
   CHECK(!is_dir(csv), "a run folder was made");
