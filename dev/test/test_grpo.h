@@ -468,8 +468,8 @@ static void test_success_ring(void) {
     "{\"next\": 0, \"entries\": [{\"step\": 1, \"prompt\": 1, \"ended\": 0, \"rise\": 1, \"ids\": [1, 99], \"logp\": [-1]}]}",
     "{\"next\": 0, \"entries\": [{\"step\": 1, \"prompt\": 2, \"ended\": 0, \"rise\": 1, \"ids\": [1, 2], \"logp\": [-1]}]}",
     "{\"next\": 0, \"entries\": [{\"step\": 1, \"prompt\": 0, \"ended\": 0, \"rise\": 1, \"ids\": [1], \"logp\": [-1]}]}",
-    "{\"next\": 0, \"entries\": [{\"step\": 1, \"prompt\": 1, \"ended\": 0, \"rise\": 1, \"ids\": [1,1,1,1,1,1,1,1,1,1,1,1], "
-        "\"logp\": [-1]}]}"};
+    ("{\"next\": 0, \"entries\": [{\"step\": 1, \"prompt\": 1, \"ended\": 0, \"rise\": 1, \"ids\": [1,1,1,1,1,1,1,1,1,1,1,1], "
+     "\"logp\": [-1]}]}")};
   for (size_t i = 0; i < ARRAY_LEN(bad); i++) {
     child.ring = b;
     child.text = bad[i];
