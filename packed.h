@@ -81,7 +81,7 @@ static void unit_get(uint8_t *fields, const uint8_t *unit) {
 
 #ifdef BITNET_THIRDS
 // Every byte of x shifted down by n; what comes in from the byte above is cut off.
-static uint32_t bytes_down(uint32_t x, int n) {
+UNUSED static uint32_t bytes_down(uint32_t x, int n) {
   return x >> n & (0xffu >> n) * 0x01010101u;
 }
 #endif
