@@ -1139,11 +1139,12 @@ static void i8_done(void) {
 #endif
 }
 
-// How many of M rows are one task: at most I8_BLOCK, and each thread gets the same even share of neighbouring rows that it has in the loops over rows
-// before and after a product, so that it finds them in its own cache.
+// How many of M rows are one task: at most I8_BLOCK. Each thread gets the same even share of neighbouring rows that it has in the loops over
+// rows before and after a product, so that it finds them in its own cache.
 static size_t i8_step(size_t M) {
-  size_t threads = (size_t)thread_count(), share = (M + threads - 1) / threads, tasks = (share + I8_BLOCK - 1) / I8_BLOCK;
-  return padded_to((share + tasks - 1) / tasks, amx_ready() ? 32 : I8_ROWS);
+  size_t threads = (size_t)thread_count(), unit = amx_ready() ? 32 : I8_ROWS, most = I8_BLOCK / unit * unit;
+  size_t share = padded_to((M + threads - 1) / threads, unit), tasks = (share + most - 1) / most;
+  return padded_to((share + tasks - 1) / tasks, unit);
 }
 
 /*

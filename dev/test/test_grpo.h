@@ -633,13 +633,13 @@ UNUSED static void test_grpo_learns(void) {
   char from[4096];
   CHECK(program_("", TINY "run_dir=%s steps=300 batch_size=32 lr=4e-3 lambda_schedule=none", test_dir()) == 0, "%s", run_err);
   snprintf(from, sizeof from, "%s", last_run_());
-  CHECK(program_("", "grpo arithmetic init=%s run_dir=%s steps=60 grad_accum=8 eval_problems=50", from, test_dir()) == 0, "%s",
+  CHECK(program_("", "grpo arithmetic init=%s run_dir=%s steps=150 grad_accum=8 eval_problems=50", from, test_dir()) == 0, "%s",
         run_err);
   double before = 0, after = 0;
   for (int i = 1; i <= 5; i++) before += logged_(last_run_(), i, "reward") / 5;
-  for (int i = 56; i <= 60; i++) after += logged_(last_run_(), i, "reward") / 5;
-  // A mean of 5 x 64 questions has a standard deviation of at most 0.028; the rise must be six of a difference.
-  CHECK(after > before + 0.06, "mean reward %.3f at the start, %.3f at the end", before, after);
+  for (int i = 146; i <= 150; i++) after += logged_(last_run_(), i, "reward") / 5;
+  // A mean of 5 x 64 questions has a standard deviation of at most 0.028. Six runs (three seeds, two instruction sets) rose by 0.18 to 0.21.
+  CHECK(after > before + 0.12, "mean reward %.3f at the start, %.3f at the end", before, after);
 }
 
 static void test_grpo_bad_input(void) {
