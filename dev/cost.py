@@ -22,7 +22,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def presets():
-    """{name: {option: value}} from the table in bitnet/options.h."""
+    """{name: {option: value}} from the table in bitnet/options.h, of those that say a shape (finetune takes a model's)."""
     try:
         with open(os.path.join(ROOT, "bitnet", "options.h"), encoding="utf-8") as f:
             text = f.read()
@@ -40,7 +40,8 @@ def presets():
                 values[key] = float(value) if re.search(r"[.e]", value) else int(value)
             except ValueError:
                 values[key] = value
-        out[entry.group(1)] = values
+        if "dim" in values:
+            out[entry.group(1)] = values
     return out
 
 

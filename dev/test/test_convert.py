@@ -393,7 +393,7 @@ def test_calibrate(tmp):
     import tokenizers
     text = open(__file__, encoding="utf-8").read()[:6000]
     tok = tokenizers.ByteLevelBPETokenizer()
-    tok.train_from_iterator([text], vocab_size=300, min_frequency=2)
+    tok.train_from_iterator([text], vocab_size=300, min_frequency=2, show_progress=False)
     path = make("calibrated", f"{tmp}/calibrate", "Llama", tie_word_embeddings=True, vocab_size=320)
     tok.save(f"{path}/tokenizer.json")
     open(f"{tmp}/text.txt", "w", encoding="utf-8").write(text)
