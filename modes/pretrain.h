@@ -7,7 +7,8 @@ Defines:     mode_pretrain.
 
 The learning rate of the preset finetune. A ternary matrix is blind to the scale of its master weights, so what counts is the step
 relative to their size: models come with a mean |W| from 0.01 (large ones) to 0.15, and a fixed rate would be too much for one and
-nothing for the other. Without lr= the rate is FINETUNE_STEP times the mean |W| of the matrices.
+nothing for the other. A wide matrix adds up more flipped codes in each of its sums, by chance as the root of the width. Without lr= the rate
+is FINETUNE_STEP times the mean |W| of the matrices, divided by sqrt(dim).
 */
 #ifndef MODE_PRETRAIN_H
 #define MODE_PRETRAIN_H
@@ -15,7 +16,7 @@ nothing for the other. Without lr= the rate is FINETUNE_STEP times the mean |W| 
 #include "../bitnet/trainer.h"
 #include "eval.h"
 
-#define FINETUNE_STEP 0.05   // dev/LOG.md: 0.02 and 0.1 lose more
+#define FINETUNE_STEP 0.4   // dev/LOG.md: half and twice as much lose more
 
 typedef struct {
   DataLoader loader;
@@ -173,7 +174,7 @@ static double pretrain_finetune_lr_(const Model *m) {
     count += (double)t->n;
   }
   free(host);
-  snprintf(digits, sizeof digits, "%.1e", FINETUNE_STEP * sum / count);
+  snprintf(digits, sizeof digits, "%.1e", FINETUNE_STEP * sum / count / sqrt((double)m->c.dim));
   return strtod(digits, NULL);
 }
 
