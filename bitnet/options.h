@@ -311,7 +311,7 @@ static const Preset grpo_presets[] = {
     {"questions", "questions with answers from a file: data=FILE.jsonl",
      "data= steps=100 batch_size=1 lr=1e-5 warmup_steps=0 lr_schedule=constant lambda_schedule=none"},
     {"arithmetic", "sums and differences: a model that was stopped early practises on, by reward alone",
-     "steps=600 batch_size=8 group_size=32 grad_accum=32 beta=0 negative_weight=0 advantage=mean lr=2e-3 warmup_steps=20 min_lr=0 weight_decay=0 "
+     "data=arithmetic steps=600 batch_size=8 group_size=32 grad_accum=32 beta=0 negative_weight=0 advantage=mean lr=2e-3 warmup_steps=20 min_lr=0 weight_decay=0 "
      "lambda_schedule=none qa_template=plain guiding_prompt== second_max_length=5 eval_every=100 kl_every=100"}};
 
 // Presets of the mode reward. With init= the shape is the model's.

@@ -55,16 +55,17 @@ static void pretrain_describe_(void *ctx, StrBuf *b) {
 }
 
 /*
-The tokenizer of the run. A run that starts from a model (from, or "") uses the model's; arithmetic brings its own; shards have it in
-the directory tokenizer=, or beside them. Returns 0 if there is none: then vocab= must be given, and there are no samples.
+The tokenizer of the run. A run that starts from a model (from, or "") uses the model's, if it has one; arithmetic brings its own;
+shards have it in the directory tokenizer=, or beside them. Returns 0 if there is none: then vocab= must be given, and there are no
+samples.
 */
 static int pretrain_tokenizer_(Tokenizer *tok, const Options *o, const char *from) {
   char dir[4096], path[4096];
-  if (from[0]) {
-    int there = checkpoint_has_tokenizer(from);
-    if (there) checkpoint_tokenizer(tok, from);
-    return there;
+  if (from[0] && checkpoint_has_tokenizer(from)) {
+    checkpoint_tokenizer(tok, from);
+    return 1;
   }
+  if (from[0] && !o->tokenizer[0]) return 0;
   if (o->tokenizer[0]) snprintf(dir, sizeof dir, "%s", o->tokenizer);
   else if (is_arithmetic(o)) {
     tokenizer_arithmetic(tok);
