@@ -5,7 +5,7 @@ What it is:  accumulate gradients over micro-batches, clip, update, follow the s
              obey signals; and the run folder in which all of that leaves its traces.
 What not:    no data and no losses: a mode brings them as Hooks. No arithmetic.
 Read before: bitnet/model.h, bitnet/losses.h, bitnet/optim.h, bitnet/checkpoint.h.
-Defines:     Metrics, Work, Hooks, Trainer, run_check_mode, trainer_open, trainer_train, trainer_close; run_open, run_log.
+Defines:     Metrics, Work, Hooks, Trainer, run_start, trainer_open, trainer_train, trainer_close; run_open, run_log.
 
 The run folder RUN = run_dir/<name>_<time>/:
     config.json    the resolved options           log.jsonl    one object per step, and one per evaluation
@@ -217,7 +217,7 @@ static void run_cut_log_(const char *path, int64_t step) {
 }
 
 // Exit 2 if the run of this checkpoint was made by another mode, which alone knows how to go on with it.
-UNUSED static void run_check_mode(const Options *o, const char *checkpoint) {
+static void run_check_mode_(const Options *o, const char *checkpoint) {
   char run[3072], path[4096], err[200];
   size_t len;
   JsonDoc doc;
@@ -231,6 +231,16 @@ UNUSED static void run_check_mode(const Options *o, const char *checkpoint) {
     json_free(&doc);
   }
   free(text);
+}
+
+// from (=) [cap]: the directory whose parameters a run starts with: that of resume=, with whose options it goes on, that of init=, or "".
+UNUSED static void run_start(Options *o, char *from, size_t cap) {
+  if (o->resume[0] && o->init[0]) die(EXIT_USAGE, "resume= goes on with a run, init= starts a new one from a model; give one of them");
+  from[0] = 0;
+  if (o->resume[0] || o->init[0]) checkpoint_path(from, cap, o->resume[0] ? o->resume : o->init);
+  if (o->resume[0] == 0) return;
+  run_check_mode_(o, from);
+  checkpoint_resume_options(o, from);
 }
 
 // Appends one line to log.jsonl. A full disk must not end a training run here; saving a checkpoint will report it.

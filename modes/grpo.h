@@ -921,12 +921,9 @@ UNUSED static void mode_grpo(Options *o) {
   Hooks hooks;
   Config c;
   char from[4096], start[4096], full[PATH_MAX];
-  if (o->resume[0] && o->init[0]) die(EXIT_USAGE, "resume= goes on with a run, init= starts a new one from a model; give one of them");
   if (!o->resume[0] && !o->init[0]) die(EXIT_USAGE, "grpo starts from a model: init=DIR, a run or a checkpoint");
-  checkpoint_path(from, sizeof from, o->resume[0] ? o->resume : o->init);
+  run_start(o, from, sizeof from);
   if (o->resume[0]) {
-    run_check_mode(o, from);
-    checkpoint_resume_options(o, from);
     if (!is_dir(o->init))
       die(EXIT_USAGE, "the run %s started from %s, which is needed as the reference and is not there", o->resume, o->init);
   } else {

@@ -206,15 +206,8 @@ UNUSED static void mode_pretrain(Options *o) {
   Trainer t;
   Hooks hooks;
   Config c;
-  char from[4096] = "";   // the directory whose parameters we start with
-  if (o->resume[0] && o->init[0]) die(EXIT_USAGE, "resume= goes on with a run, init= starts a new one from a model; give one of them");
-  if (o->resume[0]) {
-    checkpoint_path(from, sizeof from, o->resume);
-    run_check_mode(o, from);
-    checkpoint_resume_options(o, from);
-  } else if (o->init[0]) {
-    checkpoint_path(from, sizeof from, o->init);
-  }
+  char from[4096];
+  run_start(o, from, sizeof from);
   int has_tok = pretrain_tokenizer_(&tok, o, from);
   if (from[0]) {
     config_read(&c, from);

@@ -448,8 +448,7 @@ UNUSED static void mode_reward(Options *o) {
   static Reward w;
   Tokenizer tok;
   Config c;
-  char from[4096] = "", full[PATH_MAX];
-  if (o->resume[0] && o->init[0]) die(EXIT_USAGE, "resume= goes on with a run, init= starts a new one from a model; give one of them");
+  char from[4096], full[PATH_MAX];
   memset(&w, 0, sizeof w);
   w.o = o;
   if (o->resume[0] == 0 && o->scorer == SCORER_LINEAR) {
@@ -457,12 +456,8 @@ UNUSED static void mode_reward(Options *o) {
     reward_free_(&w, 0);
     return;
   }
-  if (o->resume[0]) {
-    checkpoint_path(from, sizeof from, o->resume);
-    run_check_mode(o, from);
-    checkpoint_resume_options(o, from);
-  } else if (o->init[0]) {
-    checkpoint_path(from, sizeof from, o->init);
+  run_start(o, from, sizeof from);
+  if (o->init[0] && !o->resume[0]) {
     if (realpath(from, full) == NULL) die(EXIT_USAGE, "init: cannot read %s: %s", from, strerror(errno));
     if (is_arithmetic(o)) checkpoint_options(o, from);   // the problems held out then are held out now
     if (!is_arithmetic(o) && strcmp(o->preset, "arithmetic") == 0)

@@ -33,19 +33,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from checks import check, failures, finish
+
 warnings.filterwarnings("ignore", category=FutureWarning)
 FLOAT_BOUND, QUANTISED_BOUND, EMBED_BOUND, NEAR_TIE = 1e-5, 2e-2, 1e-1, 1e-3   # EMBED: the embedding itself has only 8 bits
 AGREEMENT = 0.9
 BINARY = "./train_bitnet"
 llama = None   # the library
-passed = failed = 0
-
-
-def check(ok, what):
-    global passed, failed
-    passed, failed = passed + bool(ok), failed + (not ok)
-    if not ok:
-        print("FAIL", what, flush=True)
 
 
 def run(*args, code=0):
@@ -577,12 +571,11 @@ def main():
         for test in (test_float, test_ternary_gguf, test_i2s, test_calibrate, test_types, test_packed, test_vocabularies):
             if args.only and test.__name__.removeprefix("test_") not in args.only:
                 continue
-            before = failed
+            before = failures()
             test(tmp)
-            print(f"{'ok  ' if failed == before else 'FAIL'}  {test.__name__}", flush=True)
-    print(f"{passed} passed, {failed} failed")
-    return failed != 0
+            print(f"{'ok  ' if failures() == before else 'FAIL'}  {test.__name__}", flush=True)
+    finish()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
