@@ -10,6 +10,7 @@ Read before: bitnet/utils.h.
 #define TEST_CHECK_H
 
 #include "../../bitnet/utils.h"
+#include <dirent.h>
 #include <sys/wait.h>
 
 typedef struct {
@@ -94,13 +95,47 @@ UNUSED static int run_child(void (*fn)(void *), void *arg, char *err, size_t cap
   return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
-// A fresh directory for one test's files, below $TMPDIR or /tmp; static storage, removed by no one.
+// A fresh directory for a test's files, below $TMPDIR or /tmp. run_tests removes it at the end, since one test may read what another
+// wrote, and only if none failed.
+static struct TestDir { char path[512]; struct TestDir *older; } *test_dirs;
+
 UNUSED static const char *test_dir(void) {
-  static char path[512];
+  struct TestDir *d = (struct TestDir *)xcalloc(1, sizeof *d);
   const char *base = getenv("TMPDIR");
-  snprintf(path, sizeof path, "%s/bitnet_test_XXXXXX", base && *base ? base : "/tmp");
-  if (mkdtemp(path) == NULL) die(EXIT_FAILED, "mkdtemp %s: %s", path, strerror(errno));
-  return path;
+  snprintf(d->path, sizeof d->path, "%s/bitnet_test_XXXXXX", base && *base ? base : "/tmp");
+  if (mkdtemp(d->path) == NULL) die(EXIT_FAILED, "mkdtemp %s: %s", d->path, strerror(errno));
+  d->older = test_dirs;
+  return (test_dirs = d)->path;
+}
+
+// The one directory that the helpers of all tests share, made when first asked for.
+UNUSED static const char *test_files_dir(void) {
+  static const char *dir;
+  if (dir == NULL) dir = test_dir();
+  return dir;
+}
+
+// Removes a file, or a directory with all in it; links are removed, not followed.
+static void remove_all_(const char *path) {
+  char entry[1024];
+  if (remove(path) == 0) return;
+  DIR *d = opendir(path);
+  for (struct dirent *e; d && (e = readdir(d)) != NULL;) {
+    if (strcmp(e->d_name, ".") == 0 || strcmp(e->d_name, "..") == 0) continue;
+    if ((size_t)snprintf(entry, sizeof entry, "%s/%s", path, e->d_name) < sizeof entry) remove_all_(entry);
+  }
+  if (d) closedir(d);
+  if (remove(path) != 0) printf("cannot remove %s: %s\n", path, strerror(errno));
+}
+
+static void end_test_dirs_(int keep) {
+  for (struct TestDir *d = test_dirs, *older; d; d = older) {
+    older = d->older;
+    if (keep) printf("files of the tests: %s\n", d->path);
+    else remove_all_(d->path);
+    free(d);
+  }
+  test_dirs = NULL;
 }
 
 // Runs the tests whose name contains filter (NULL = all; "1/3": the first of three parts of all) and prints the closing line. Returns
@@ -120,6 +155,7 @@ UNUSED static int run_tests(const Test *tests, size_t n, const char *filter) {
     if (check_failures) failed++;
     else passed++;
   }
+  end_test_dirs_(failed != 0);
   if (passed + failed == 0) printf("no test is named like '%s'\n", filter);
   printf("%d passed, %d failed\n", passed, failed);
   return failed != 0 || passed == 0;

@@ -191,9 +191,7 @@ static void test_reward_reasoning(void) {
 
 static const char *eval_file_(const char *name, const char *text) {
   static char path[700];
-  static char dir[600];
-  if (dir[0] == 0) snprintf(dir, sizeof dir, "%s", test_dir());
-  snprintf(path, sizeof path, "%s/%s", dir, name);
+  snprintf(path, sizeof path, "%s/%s", test_files_dir(), name);
   FILE *f = fopen(path, "wb");
   if (f == NULL || fwrite(text, 1, strlen(text), f) != strlen(text) || fclose(f) != 0) die(EXIT_FAILED, "cannot write %s", path);
   return path;

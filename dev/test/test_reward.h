@@ -17,9 +17,7 @@ Defines:     REWARD_TESTS, the rows for the table of tests.
 
 static const char *write_(const char *name, const char *text) {
   static char path[700];
-  static const char *dir;
-  if (dir == NULL) dir = xstrdup(test_dir());
-  path_join(path, sizeof path, dir, name);
+  path_join(path, sizeof path, test_files_dir(), name);
   safe_write_file(path, text, strlen(text));
   return path;
 }

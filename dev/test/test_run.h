@@ -38,9 +38,8 @@ static void take_output_(const char *path, char *out, size_t cap) {
 // Runs the program with these arguments (a format; the shell splits them), stdin from `input`. Returns its exit code.
 PRINTF_LIKE(2, 3) static int program_(const char *input, const char *fmt, ...) {
   static char args[8192], line[10000], out[600], err[600];
-  static const char *dir;
+  const char *dir = test_files_dir();
   va_list ap;
-  if (dir == NULL) dir = xstrdup(test_dir());
   va_start(ap, fmt);
   vsnprintf(args, sizeof args, fmt, ap);
   va_end(ap);
