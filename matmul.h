@@ -1052,38 +1052,36 @@ static inline __m512 rounded_here(__m512 x) {
 }
 #endif
 
-// Row m, columns n0 .. n0+cols-1 from raw sums. Inlined, so that a constant `cols` unrolls it.
+// Row m, columns n0 .. n0+cols-1 from raw sums. Inlined, so that a constant `cols` unrolls it. What follows adds to the rounded
+// product, as the GPU does: barriers keep the compiler from fusing multiplication and addition.
 static inline __attribute__((always_inline)) void i8_store(const I8Result *r, const int32_t *RESTRICT sum, int32_t excess, size_t m,
                                                            size_t n0, const size_t cols) {
   float *RESTRICT o = r->out + m * r->N + n0, s = r->s[m];
-  const float *RESTRICT gamma = r->gamma + n0;
+  const float *RESTRICT gamma = r->gamma + n0, *RESTRICT bias = r->bias ? r->bias + n0 : NULL;
+  const float *RESTRICT residual = r->residual ? r->residual + m * r->N + n0 : NULL;
+  int32_t *RESTRICT whole = r->exact ? r->exact + m * r->N + n0 : NULL;
+  size_t done = 0;
 #ifdef BITNET_VNNI
-  if (r->stream) {
-    for (size_t n = 0; n < cols; n += 16) {
-      __m512i exact = _mm512_sub_epi32(_mm512_loadu_si512(sum + n), _mm512_set1_epi32(excess));
-      __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_mul_ps(_mm512_set1_ps(s), _mm512_loadu_ps(gamma + n)));
-      if (r->bias) x = _mm512_add_ps(rounded_here(x), _mm512_loadu_ps(r->bias + n0 + n));
-      if (r->residual) x = _mm512_add_ps(rounded_here(x), _mm512_loadu_ps(r->residual + m * r->N + n0 + n));
-      _mm512_stream_ps(o + n, x);
-      if (r->exact) _mm512_storeu_si512(r->exact + m * r->N + n0 + n, exact);
-    }
-    return;
+  for (; done + 16 <= cols; done += 16) {
+    __m512i exact = _mm512_sub_epi32(_mm512_loadu_si512(sum + done), _mm512_set1_epi32(excess));
+    __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_mul_ps(_mm512_set1_ps(s), _mm512_loadu_ps(gamma + done)));
+    if (bias) x = _mm512_add_ps(rounded_here(x), _mm512_loadu_ps(bias + done));
+    if (residual) x = _mm512_add_ps(rounded_here(x), _mm512_loadu_ps(residual + done));
+    if (r->stream) _mm512_stream_ps(o + done, x);
+    else _mm512_storeu_ps(o + done, x);
+    if (whole) _mm512_storeu_si512(whole + done, exact);
   }
 #endif
-  for (size_t n = 0; n < cols; n++) o[n] = (float)(sum[n] - excess) * (s * gamma[n]);
-  // What follows adds to the rounded product, as the GPU does: a barrier keeps the compiler from fusing multiplication and addition.
-  if (r->bias) {
+  for (size_t n = done; n < cols; n++) o[n] = (float)(sum[n] - excess) * (s * gamma[n]);
+  if (bias) {
     __asm__ volatile("" : : : "memory");
-    for (size_t n = 0; n < cols; n++) o[n] += r->bias[n0 + n];
+    for (size_t n = done; n < cols; n++) o[n] += bias[n];
   }
-  if (r->residual) {
-    const float *RESTRICT x = r->residual + m * r->N + n0;
+  if (residual) {
     __asm__ volatile("" : : : "memory");
-    for (size_t n = 0; n < cols; n++) o[n] += x[n];
+    for (size_t n = done; n < cols; n++) o[n] += residual[n];
   }
-  if (r->exact) {
-    for (size_t n = 0; n < cols; n++) r->exact[m * r->N + n0 + n] = sum[n] - excess;
-  }
+  for (size_t n = done; n < cols && whole; n++) whole[n] = sum[n] - excess;
 }
 
 // `rows` rows of `width` sums each.
