@@ -1428,17 +1428,32 @@ void adamw_update(float *p, float *m, float *v, const float *g, size_t n, const 
 // ---------------------------------------------------------------------------------------------------------
 // The program. Tests include this file and bring their own main.
 
+// 1 if, at three moments, more threads of other programs wanted to run than this one leaves cores for; 0 if not, or if unknown.
+UNUSED static int others_compute(void) {
+  long cores = sysconf(_SC_NPROCESSORS_ONLN), threads = getenv("OMP_NUM_THREADS") ? atol(getenv("OMP_NUM_THREADS")) : cores;
+  for (int moment = 0; moment < 3; moment++) {
+    long running = 1;   // with this one
+    FILE *f = fopen("/proc/loadavg", "r");
+    int found = f && fscanf(f, "%*f %*f %*f %ld", &running) == 1;
+    if (f) fclose(f);
+    if (!found || running - 1 + threads <= cores) return 0;
+    usleep(1000);
+  }
+  return 1;
+}
+
 /*
-A thread that waits for the others may spin or sleep. OpenMP's runtime spins for milliseconds, which is fine alone on a machine; beside
-other programs it takes the core from the very thread that it waits for, and a step becomes ten times slower. A few microseconds of
-spinning are as fast when alone. The runtime reads its settings before main begins, so the program sets them and starts itself once
-more.
+A thread that waits for the others may spin or sleep. Spinning is fast while every thread has a core, for waking a thread takes longer
+than many an op. Beside other programs it takes the core from the very thread that it waits for, and a step of a small model takes
+three times as long, ten times as OpenMP's runtime comes. So the program looks who else computes when it starts. The runtime reads its
+settings before main begins; to change them the program starts itself once more.
 */
 UNUSED static void wait_briefly(char **argv) {
 #ifdef _OPENMP
   if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;   // the user's choice, or ours the second time
-  setenv("GOMP_SPINCOUNT", "1000", 1);
-  setenv("KMP_BLOCKTIME", "0", 0);
+  int brief = others_compute();
+  setenv("GOMP_SPINCOUNT", brief ? "1000" : "10000", 1);   // turns of a loop: some 50 and 500 microseconds
+  setenv("KMP_BLOCKTIME", brief ? "0" : "1", 0);           // the same for clang's runtime, in milliseconds
   execv("/proc/self/exe", argv);   // returns only if it fails; then the waits are long, nothing else
 #endif
   (void)argv;
