@@ -258,8 +258,8 @@ static void collect_answers_(Grpo *g, SampleSet *set, uint64_t seed, int max_new
   g->sampling += time_now() - began;
 }
 
-// The rewards of all answers in set, `each` of them to one of the first layer's: what the rules say, and with reward models a weighted mean
-// of both.
+// The rewards of all answers in set, `each` of them to one of the first layer's: what the rules say, and with reward models a weighted
+// mean of both.
 static void collect_rewards_(Grpo *g, SampleSet *set, int64_t step, int each) {
   const char *query, *gold;
   int n = set->n, models = g->models.n > 0;
@@ -531,7 +531,8 @@ static void grpo_progress_(void *ctx, StrBuf *b) {
 static const char *csv_header_(const Options *o) {
   static char header[4096];
   int n = snprintf(header, sizeof header, "step,loss,mean_reward,kl%s%s",
-                   o->two_layer ? ",improvement_rate,corrected_1,corrected_2,corrected_3" : "", o->reward_model[0] ? ",rule_reward" : "");
+                   o->two_layer ? ",improvement_rate,corrected_1,corrected_2,corrected_3" : "",
+                   o->reward_model[0] ? ",rule_reward" : "");
   int models = o->reward_model[0] != 0;
   for (const char *p = o->reward_model; *p; p++) models += *p == ',';
   for (int k = 1; k <= models && n < 4000; k++) n += snprintf(header + n, sizeof header - (size_t)n, ",model_%d", k);
