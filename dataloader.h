@@ -8,8 +8,8 @@ What not:    no text (prepro/ turns text into shards) and no threads. There is n
              function of the settings, the seed and k, so a run resumes by going on at k.
 Read before: bitnet/utils.h, tokenizer.h.
 Defines:     Batch, batch_alloc, batch_free; Arithmetic, arith_init, arith_problem, arith_text, arith_is_heldout,
-             arith_heldout, arith_max_tokens; DataLoader, loader_open_shards, loader_reweight, loader_open_arithmetic,
-             loader_check_tokenizer, loader_blocks, loader_batch, arith_fill_heldout, loader_free; shard_write,
+             arith_heldout, arith_max_tokens, arith_row_tokens; DataLoader, loader_open_shards, loader_reweight,
+             loader_open_arithmetic, loader_check_tokenizer, loader_blocks, loader_batch, arith_fill_heldout, loader_free; shard_write,
              shard_write_masked; permute.
 */
 #ifndef DATALOADER_H
@@ -193,6 +193,13 @@ UNUSED static int arith_max_tokens(const Arithmetic *a) {
   return longest;
 }
 
+// The columns that rows of these problems need; drafts: with a draft and its "=" in front of the answer. A draft has at most a digit
+// more than the longest answer, and that is shorter than half of its problem.
+UNUSED static int arith_row_tokens(const Arithmetic *a, int drafts) {
+  int n = arith_max_tokens(a);
+  return n - 1 + (drafts ? n / 2 + 1 : 0);
+}
+
 // ---------------------------------------------------------------------------------------------------------
 /*
 Shards: 256 int32 of header, then the tokens, everything little-endian. Words 0 to 2 are llm.c's; llm.c leaves the others 0,
@@ -349,6 +356,7 @@ typedef struct {
 
   // Arithmetic, if tok is set.
   Arithmetic arith;
+  double drafts;             // fraction of the rows that show a draft of the answer first
   const Tokenizer *tok;      // must outlive the loader
 } DataLoader;
 
@@ -591,19 +599,36 @@ UNUSED static void pad_row_(int pad_id, int from, int T, int *tokens, int *targe
   }
 }
 
+enum { RNG_DRAFT = 60, RNG_DRAFT_ERROR = 61 };   // streams of the drafts, counter = row: whether it has one, and which
+
+// The draft of row `row` of the run, with its "=", into ARITH_TEXT_CAP bytes; "" for rows without. One in two is the answer; the other
+// is off by one, up or down, in one digit.
+UNUSED static void arith_draft_(const DataLoader *d, uint64_t row, const char *answer, char *out) {
+  *out = 0;
+  if (d->drafts == 0 || rng_uniform(d->seed, RNG_DRAFT, row) >= d->drafts) return;
+  uint64_t r = rng_u64(d->seed, RNG_DRAFT_ERROR, row);
+  long by = r % 2 ? 0 : 1;
+  for (int k = (int)((r >> 8) % strlen(answer)); k > 0; k--) by *= 10;
+  snprintf(out, ARITH_TEXT_CAP, "%ld=", atol(answer) + (r >> 1 & 1 ? by : -by));
+}
+
 /*
 Problem i as a row of T: prompt, answer, </s>, then padding. Only the answer and its </s> are targets, since the operands
 are random and nothing can be learned from them:
 
   tokens    1 2 + 3 =  1  5  </s> <pad>
   targets   . . . . 1  5 </s>  .    .
+
+row: with the draft of that row, "12+3=16=15"; NO_DRAFT: without.
 */
-UNUSED static void arith_row_(const DataLoader *d, uint64_t i, int T, int *tokens, int *targets, int *start, int *pos) {
+#define NO_DRAFT UINT64_MAX
+UNUSED static void arith_row_(const DataLoader *d, uint64_t i, uint64_t row, int T, int *tokens, int *targets, int *start, int *pos) {
   // Prompt and answer are encoded apart, so the boundary between them is one between tokens for any tokenizer.
-  char prompt[ARITH_TEXT_CAP], answer[ARITH_TEXT_CAP];
-  int ids[2 * ARITH_TEXT_CAP];
+  char prompt[2 * ARITH_TEXT_CAP], answer[ARITH_TEXT_CAP];
+  int ids[3 * ARITH_TEXT_CAP];
   arith_text(&d->arith, i, prompt, answer);
-  int n_prompt = (int)tokenizer_encode(d->tok, prompt, strlen(prompt), ids, ARITH_TEXT_CAP);
+  if (row != NO_DRAFT) arith_draft_(d, row, answer, prompt + strlen(prompt));
+  int n_prompt = (int)tokenizer_encode(d->tok, prompt, strlen(prompt), ids, 2 * ARITH_TEXT_CAP);
   int n = n_prompt + (int)tokenizer_encode(d->tok, answer, strlen(answer), ids + n_prompt, ARITH_TEXT_CAP);
   ids[n++] = d->tok->eos_id;
   for (int t = 0; t < n && t < T; t++) {
@@ -615,9 +640,9 @@ UNUSED static void arith_row_(const DataLoader *d, uint64_t i, int T, int *token
   pad_row_(d->tok->pad_id, n, T, tokens, targets, start, pos);
 }
 
-// Exit 2 unless the longest problem fits into a row of T.
+// Exit 2 unless the longest problem fits into a row of T, with its draft if rows have some.
 UNUSED static void arith_check_row_(const DataLoader *d, int T) {
-  int needed = arith_max_tokens(&d->arith) - 1;
+  int needed = arith_row_tokens(&d->arith, d->drafts > 0);
   if (T < needed) die(EXIT_USAGE, "seq_len=%d is too short for these arithmetic problems: at least %d is needed", T, needed);
 }
 
@@ -634,7 +659,7 @@ UNUSED static void arith_fill_heldout(const DataLoader *d, const uint64_t *probl
   for (int r = 0; r < b->B; r++) {
     size_t o = (size_t)r * (size_t)T;
     if (first < n && (size_t)r < n - first)
-      arith_row_(d, problems[first + (size_t)r], T, b->tokens + o, b->targets + o, b->start + o, b->pos + o);
+      arith_row_(d, problems[first + (size_t)r], NO_DRAFT, T, b->tokens + o, b->targets + o, b->start + o, b->pos + o);
     else
       pad_row_(d->tok->pad_id, 0, T, b->tokens + o, b->targets + o, b->start + o, b->pos + o);
   }
@@ -650,7 +675,7 @@ UNUSED static void loader_batch(const DataLoader *d, uint64_t index, Batch *b) {
     uint64_t row = index * (uint64_t)b->B + (uint64_t)r;
     size_t o = (size_t)r * (size_t)T;
     if (d->tok != NULL) {
-      arith_row_(d, arith_draw_(d, row), T, b->tokens + o, b->targets + o, b->start + o, b->pos + o);
+      arith_row_(d, arith_draw_(d, row), row, T, b->tokens + o, b->targets + o, b->start + o, b->pos + o);
       continue;
     }
     uint64_t place;

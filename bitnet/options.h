@@ -101,6 +101,7 @@ default, names separated by |, help; its value is the index of the name. A switc
   INT(DATA, arith_max, 99, 0, 99999, "arithmetic: largest operand of + and -")                                                      \
   INT(DATA, arith_mul_max, 9, 0, 99999, "arithmetic: largest operand of *")                                                         \
   REAL(DATA, arith_holdout, 0.1, 0.001, 0.9, "arithmetic: fraction of the problems that is never trained on")                       \
+  REAL(DATA, arith_drafts, 0, 0, 1, "arithmetic: fraction of the rows that show a draft of the answer first, half of them wrong")    \
   CHOICE(QA, qa_template, QA_SEED003, "plain|seed003|chatml", "questions: how one becomes a prompt (also: template)")               \
                                                                                                                                     \
   INT(GRPO, group_size, 2, 1, 65536, "answers that are sampled for each question and compared with each other")                     \
@@ -120,6 +121,8 @@ default, names separated by |, help; its value is the index of the name. A switc
   REAL(GRPO, rule_weight, -1, -1, 1, "share of the rules beside reward models; -1 = 0, or 0.5 where reward= is given")              \
   INT(GRPO, reward_raw, 0, 0, 1, "reward models: the raw value instead of its sigmoid, which is between 0 and 1 like the rules")    \
   INT(GRPO, two_layer, 0, 0, 1, "the model also corrects its answers and learns from the rise of the reward")                       \
+  REAL(GRPO, first_weight, 1, 0, 1e6, "two_layer: weight of the first answers' rewards; 0: only corrections are rewarded")          \
+  REAL(GRPO, first_beta, -1, -1, 1e6, "two_layer: beta of the first answers, which stay near the start with it; -1 = beta")          \
   TEXT(GRPO, guiding_prompt, "Review and correct the answer:",                                                                       \
     "two_layer: what asks for the correction: a text, or a file of texts (.json or lines)")                                          \
   TEXT(GRPO, guiding_probabilities, "", "two_layer: how likely each of these texts is, a list or a file; empty: all alike")         \
@@ -168,7 +171,7 @@ default, names separated by |, help; its value is the index of the name. A switc
     "chat: how turns are marked; auto: what the tokenizer has marks for")                                                            \
   TEXT(INFERENCE, system, "", "chat: what the model is told before the first turn")                                                 \
   INT(INFERENCE, decode, 0, 0, 1, "tokenize: ids to text instead of text to ids")                                                   \
-  TEXT(INFERENCE, file, "", "perplexity, convert: a text file; eval: the records of a task")                                          \
+  TEXT(INFERENCE, file, "", "perplexity, convert: a text file; eval: the records of a task, or arithmetic")                        \
   CHOICE(INFERENCE, task, 0, "none|hellaswag|arc|mmlu|winogrande|truthfulqa|lambada|wikitext|qa",  \
          "eval: a benchmark, with file=")  \
   INT(INFERENCE, shots, -1, -1, 1000, "eval: examples before a question; -1 = the usual number, 0 without shots_file")              \
@@ -310,9 +313,14 @@ static const Preset presets[] = {
 static const Preset grpo_presets[] = {
     {"questions", "questions with answers from a file: data=FILE.jsonl",
      "data= steps=100 batch_size=1 lr=1e-5 warmup_steps=0 lr_schedule=constant lambda_schedule=none"},
+    {"corrections", "sums and differences: a model that has seen drafts (arith_drafts) learns to correct its answers",
+     "data=arithmetic steps=60 batch_size=128 group_size=2 augmentation_size=8 two_layer=1 first_weight=0 first_beta=1 beta=0 "
+     "second_advantage=group advantage=mean negative_weight=0 lr=7e-4 warmup_steps=10 min_lr=0 weight_decay=0 lambda_schedule=none "
+     "qa_template=plain guiding_prompt== second_max_length=5 eval_every=30"},
     {"arithmetic", "sums and differences: a model that was stopped early practises on, by reward alone",
-     "data=arithmetic steps=600 batch_size=8 group_size=32 grad_accum=32 beta=0 negative_weight=0 advantage=mean lr=2e-3 warmup_steps=20 min_lr=0 weight_decay=0 "
-     "lambda_schedule=none qa_template=plain guiding_prompt== second_max_length=5 eval_every=100 kl_every=100"}};
+     "data=arithmetic steps=600 batch_size=8 group_size=32 grad_accum=32 beta=0 negative_weight=0 advantage=mean lr=2e-3 "
+     "warmup_steps=20 min_lr=0 weight_decay=0 lambda_schedule=none qa_template=plain guiding_prompt== second_max_length=5 "
+     "eval_every=100 kl_every=100"}};
 
 // Presets of the mode reward. With init= the shape is the model's.
 static const Preset reward_presets[] = {

@@ -4,7 +4,7 @@ eval_qa.h: questions that a model answers in its own words, and how good the ans
 What it is:  ./train_bitnet eval DIR task=qa file=test.jsonl n=200 [vs=DIR2] [second_pass=1] [results=scores.json]
              Answers are generated (greedily, unless temperature is set) and scored by bitnet/rewards.h. With vs= both models answer
              the same questions, and the table shows the difference with an interval. With second_pass=1 each model sees its
-             first answer and second_prompt, and answers again.
+             first answer and second_prompt, and answers again. file=arithmetic: the problems that DIR's run has held out.
 What not:    no training with these scores, no reward models.
 Read before: bitnet/rewards.h, bitnet/qa.h, modes/chat.h, modes/eval_tasks.h (reports).
 Defines:     mode_eval_qa.
@@ -16,6 +16,7 @@ Defines:     mode_eval_qa.
     reasoning_f1       token F1 of what stands inside <think>; over the records with `reasoning`
     step_correctness   share of its steps that stand at the same place; over the same records
     f1_2 ...           the same of the second answer; i2c, c2i: shares that went from incorrect to correct and the other way
+    rise               accuracy_2 - accuracy = i2c - c2i; its error is that of the differences record by record
 */
 #ifndef MODE_EVAL_QA_H
 #define MODE_EVAL_QA_H
@@ -29,12 +30,14 @@ enum { QA_SEQUENCES = 32, QA_ROWS = 256, QA_RESAMPLES = 5000 };
 enum { RNG_RESAMPLE = 64 };   // stream of the bootstrap: counter = resample << 32 | item
 
 enum {
-  QA_F1, QA_EXACT, QA_ACCURACY, QA_REASONING_F1, QA_STEPS, QA_F1_2, QA_EXACT_2, QA_ACCURACY_2, QA_I2C, QA_C2I, QA_METRICS
+  QA_F1, QA_EXACT, QA_ACCURACY, QA_REASONING_F1, QA_STEPS, QA_F1_2, QA_EXACT_2, QA_ACCURACY_2, QA_I2C, QA_C2I, QA_RISE,
+  QA_METRICS
 };
 static const char *const qa_metrics_[QA_METRICS] = {"f1",   "exact_match",   "accuracy",   "reasoning_f1", "step_correctness",
-                                                    "f1_2", "exact_match_2", "accuracy_2", "i2c",          "c2i"};
+                                                    "f1_2", "exact_match_2", "accuracy_2", "i2c",          "c2i",
+                                                    "rise"};
 // 1 for metrics that are 0 or 1 for each record: their interval is Wilson's.
-static const int qa_is_share_[QA_METRICS] = {0, 1, 1, 0, 0, 0, 1, 1, 1, 1};
+static const int qa_is_share_[QA_METRICS] = {0, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0};
 
 // What one model did with one record; NAN where a metric does not apply.
 typedef struct {
@@ -129,6 +132,7 @@ static void qa_score_(QaScore *s, const QaItem *item) {
   s->value[QA_ACCURACY_2] = reward_accuracy(second, item->answer);
   s->value[QA_I2C] = s->value[QA_ACCURACY] == 0 && s->value[QA_ACCURACY_2] == 1;
   s->value[QA_C2I] = s->value[QA_ACCURACY] == 1 && s->value[QA_ACCURACY_2] == 0;
+  s->value[QA_RISE] = s->value[QA_ACCURACY_2] - s->value[QA_ACCURACY];
 }
 
 // What the model in directory dir makes of the first n records. Caller frees each answer and the array.
@@ -245,14 +249,41 @@ static void qa_put_items_(StrBuf *b, const QaSet *set, QaScore *const *models, i
   strbuf_printf(b, "\n  ]");
 }
 
+// Held-out problems of the run that o->dir belongs to, in the order of its evaluations: `limit` of them, or eval_problems. Exit 2 if
+// that run was not trained on arithmetic.
+static QaSet qa_arithmetic_(Options *o) {
+  char dir[4096], query[ARITH_TEXT_CAP], answer[ARITH_TEXT_CAP];
+  Arithmetic a;
+  QaSet set = {NULL, 0};
+  size_t most = (size_t)(o->limit > 0 ? o->limit : o->eval_problems);
+  checkpoint_path(dir, sizeof dir, o->dir);
+  checkpoint_options(o, dir);
+  if (strcmp(o->data, "arithmetic") != 0)
+    die(EXIT_USAGE, "file=arithmetic: %s was trained on %s; give a file of questions", dir, o->data);
+  arith_init(&a, o->arith_ops, o->arith_min, o->arith_max, o->arith_mul_max, o->arith_holdout);
+  uint64_t *problems = (uint64_t *)xcalloc(most, sizeof(uint64_t));
+  set.n = arith_heldout(&a, problems, most);
+  if (set.n == 0) die(EXIT_USAGE, "no arithmetic problem is held out; train with a larger arith_holdout (%g)", o->arith_holdout);
+  set.items = (QaItem *)xcalloc(set.n, sizeof(QaItem));
+  for (size_t i = 0; i < set.n; i++) {
+    arith_text(&a, problems[i], query, answer);
+    set.items[i].query = xstrdup(query);
+    set.items[i].answer = xstrdup(answer);
+    set.items[i].line = i + 1;
+  }
+  free(problems);
+  return set;
+}
+
 UNUSED static void mode_eval_qa(Options *o) {
   Report report = {NULL, 0};
   StrBuf json = {NULL, 0, 0};
   QaScore *models[2] = {NULL, NULL};
   char *dirs[2] = {o->dir, o->vs};
   int n_models = o->vs[0] ? 2 : 1;
-  if (o->file[0] == 0) die(EXIT_USAGE, "task=qa needs file=FILE.jsonl or .json, records {query, answer[, reasoning]}");
-  QaSet set = qa_load(o->file);
+  if (o->file[0] == 0)
+    die(EXIT_USAGE, "task=qa needs file=FILE.jsonl or .json, records {query, answer[, reasoning]}, or file=arithmetic");
+  QaSet set = strcmp(o->file, "arithmetic") == 0 ? qa_arithmetic_(o) : qa_load(o->file);
   size_t n = o->limit > 0 && (size_t)o->limit < set.n ? (size_t)o->limit : set.n;
   double t0 = time_now();
   for (int m = 0; m < n_models; m++) {

@@ -17,6 +17,10 @@ bit.
 With two_layer=1 the step goes on: the model, as these updates left it, sees each of its answers with a guiding prompt ("check that")
 and samples augmentation_size corrections. How much the reward rises is the correction's advantage, and a second round of updates
 follows.
+
+Both rounds train the same weights, and a model that learns both at once finds that copying a first answer is as good as improving it.
+With first_weight=0 first answers earn nothing, and first_beta > 0 holds them near those of the start; what is learned then goes into
+the corrections.
 */
 #ifndef MODE_GRPO_H
 #define MODE_GRPO_H
@@ -91,9 +95,9 @@ enum { CSV_TEXTS = 3 };
 typedef struct {
   const Options *o;
   const Tokenizer *tok;
-  Model *m, *ref;             // ref: the model as it was at the start; NULL with beta = 0 and kl_every = 0
+  Model *m, *ref;             // ref: the model as it was at the start; NULL unless needs_reference_
   int end, pad;               // the token that ends an answer, and the one that fills rows
-  PolicyLoss loss;
+  PolicyLoss loss[2];         // of the first answers, of the corrections
   RewardRules rules;
   RewardModels models;        // none: n = 0
   double rule_weight;         // share of the rules in a reward
@@ -129,7 +133,7 @@ typedef struct {
   int updates;                // finished ones of the phase
   double reward, length, advantage;
   double rule_reward, *model_rewards;   // of the first layer: means of the rules and of each reward model
-  double kl;                  // beta=0: the distance from the reference; NAN where it was not measured
+  double kl;                  // the distance from the reference where it is no part of the first answers' loss; NAN: not measured
   int measure_kl;             // 1: to be measured next
   double sampled, sampling;   // tokens of all answers and corrections of the step, and the seconds that it took to sample them
   double improvement, right_after_wrong, wrong_after_right, reward2;   // of the corrections
@@ -138,6 +142,17 @@ typedef struct {
   StrBuf corrected_text[CSV_TEXTS];   // the first corrections of the step that improved
   int corrected_texts;
 } Grpo;
+
+// The weight of the distance from the start in the loss of the first answers (second = 0) or of the corrections (1).
+static double grpo_beta_(const Options *o, int second) {
+  return !second && o->two_layer && o->first_beta >= 0 ? o->first_beta : o->beta;
+}
+
+// 1 if the model of the start is needed: for a loss, or to measure the distance from it.
+static int needs_reference_(const Options *o) { return grpo_beta_(o, 0) > 0 || grpo_beta_(o, 1) > 0 || o->kl_every > 0; }
+
+// The loss of the answers that are trained now.
+static const PolicyLoss *loss_of_(const Grpo *g) { return &g->loss[g->set == &g->second]; }
 
 // Question number `index` of the run. Questions of a file come in a new random order each time that all have been asked.
 static void question_at_(Grpo *g, uint64_t index, const char **query, const char **gold) {
@@ -223,10 +238,11 @@ static void collect_end_(Grpo *g, SampleSet *set, int G, Work *work) {
   for (int i = 0; i < set->n; i++) g->tokens += (size_t)set->items[i].n_answer;
   if (g->measure_kl) g->kl = measure_reference_(g);
   g->measure_kl = 0;
-  if (G > 1) samples_merge(set, G, g->o->beta == 0);
+  const PolicyLoss *loss = loss_of_(g);
+  if (G > 1) samples_merge(set, G, loss->beta == 0);
   g->batches = (set->n + g->m->B - 1) / g->m->B;
   g->updates = g->batch = 0;
-  if (g->o->beta > 0 && !policy_needs_logits(&g->loss)) collect_reference_(g);
+  if (loss->beta > 0 && !policy_needs_logits(loss)) collect_reference_(g);
   work->updates = set->n > 0 ? g->o->num_iterations : 0;
   work->batches = g->batches;
 }
@@ -242,8 +258,8 @@ static void collect_answers_(Grpo *g, SampleSet *set, uint64_t seed, int max_new
   g->sampling += time_now() - began;
 }
 
-// The rewards of all answers in set, `each` of them to one of the first layer's: what the rules say, and with reward models a weighted mean
-// of both.
+// The rewards of all answers in set, `each` of them to one of the first layer's: what the rules say, and with reward models a weighted
+// mean of both.
 static void collect_rewards_(Grpo *g, SampleSet *set, int64_t step, int each) {
   const char *query, *gold;
   int n = set->n, models = g->models.n > 0;
@@ -305,7 +321,7 @@ static void collect_first_(Grpo *g, int64_t step, Work *work) {
     g->length += (double)x->n_answer / set->n;
   }
   g->equal_groups = advantages(g->A, g->rewards, (size_t)groups, (size_t)G, o->advantage);
-  for (int i = 0; i < set->n; i++) g->A[i] *= g->A[i] < 0 ? o->negative_weight : 1;
+  for (int i = 0; i < set->n; i++) g->A[i] *= (g->A[i] < 0 ? o->negative_weight : 1) * o->first_weight;
   for (int i = 0; i < set->n; i++) {
     set->items[i].advantage = g->A[i];
     g->advantage += fabs(g->A[i]) / set->n;
@@ -314,23 +330,23 @@ static void collect_first_(Grpo *g, int64_t step, Work *work) {
   memset(&g->stats2, 0, sizeof g->stats2);
   g->loss1 = g->loss2 = 0;
   g->kl = NAN;
-  g->measure_kl = o->beta == 0 && due_(o->kl_every, step + 1);
+  g->measure_kl = g->loss[0].beta == 0 && due_(o->kl_every, step + 1);
   if (o->two_layer) keep_first_(g);
   collect_end_(g, set, G, work);
 }
 
 /*
 The advantages of the corrections in set, which carry their rise. delta: the rise, divided by the root of the mean square of all, and
-not centred: what made an answer better is reinforced even where others gained more. group: as in the first layer, among the
-corrections of one answer.
+not centred: what made an answer better is reinforced even where others gained more. group: as in the first layer, with the same
+`advantage` and negative_weight, among the corrections of one answer.
 */
 static void second_advantages_(Grpo *g, SampleSet *set) {
   const Options *o = g->o;
   int H = o->augmentation_size;
   if (o->second_advantage == SECOND_GROUP) {
     for (int i = 0; i < set->n; i++) g->rewards[i] = set->items[i].reward;
-    advantages(g->A, g->rewards, (size_t)(set->n / H), (size_t)H, ADVANTAGE_GROUP);
-    for (int i = 0; i < set->n; i++) set->items[i].advantage = g->A[i];
+    advantages(g->A, g->rewards, (size_t)(set->n / H), (size_t)H, o->advantage);
+    for (int i = 0; i < set->n; i++) set->items[i].advantage = g->A[i] * (g->A[i] < 0 ? o->negative_weight : 1);
     return;
   }
   double square = 0;
@@ -398,7 +414,8 @@ static void collect_second_(Grpo *g, int64_t step, Work *work) {
   collect_end_(g, set, o->second_advantage == SECOND_GROUP ? H : 1, work);
 }
 
-// After the updates of the second layer its successes enter the ring, unless they are compared with each other and not with the first answer.
+// After the updates of the second layer its successes enter the ring, unless they are compared with each other and not with the first
+// answer.
 static void collect_successes_(Grpo *g, int64_t step) {
   const double *rises = g->corrected + g->second.cap;
   if (g->o->second_advantage == SECOND_GROUP) return;
@@ -441,11 +458,11 @@ static double grpo_loss_(void *ctx, Model *m, const Batch *b, float coef, float 
                &g->rows);
   batch_to_device(m, b, coef, host_coef);
   model_forward(m);
-  if (policy_needs_logits(&g->loss)) {
+  if (policy_needs_logits(loss_of_(g))) {
     batch_to_device(g->ref, b, coef, host_coef);
     model_forward(g->ref);
   }
-  head_policy(m, g->ref, &g->loss, &g->rows, host_coef, stats, 1);
+  head_policy(m, g->ref, loss_of_(g), &g->rows, host_coef, stats, 1);
   model_backward(m);
   if (g->updates == 0) *(second ? &g->loss2 : &g->loss1) = stats->loss;
   if (++g->batch == g->batches) {
@@ -457,7 +474,7 @@ static double grpo_loss_(void *ctx, Model *m, const Batch *b, float coef, float 
 
 // The mean distance from the reference over the tokens of the first layer's updates; NAN where nobody has computed it.
 static double step_kl_(const Grpo *g) {
-  return g->o->beta == 0 ? g->kl : g->stats.tokens > 0 ? g->stats.kl / g->stats.tokens : 0;
+  return g->loss[0].beta == 0 ? g->kl : g->stats.tokens > 0 ? g->stats.kl / g->stats.tokens : 0;
 }
 
 static void put_number_(StrBuf *b, const char *key, double value) {
@@ -514,7 +531,8 @@ static void grpo_progress_(void *ctx, StrBuf *b) {
 static const char *csv_header_(const Options *o) {
   static char header[4096];
   int n = snprintf(header, sizeof header, "step,loss,mean_reward,kl%s%s",
-                   o->two_layer ? ",improvement_rate,corrected_1,corrected_2,corrected_3" : "", o->reward_model[0] ? ",rule_reward" : "");
+                   o->two_layer ? ",improvement_rate,corrected_1,corrected_2,corrected_3" : "",
+                   o->reward_model[0] ? ",rule_reward" : "");
   int models = o->reward_model[0] != 0;
   for (const char *p = o->reward_model; *p; p++) models += *p == ',';
   for (int k = 1; k <= models && n < 4000; k++) n += snprintf(header + n, sizeof header - (size_t)n, ",model_%d", k);
@@ -769,7 +787,7 @@ typedef struct {
 static GrpoMemory grpo_memory_(const Options *o, const Config *c, int rows) {
   GrpoMemory out = {0, 0};
   size_t T = (size_t)o->seq_len, answers = (size_t)rows * (size_t)o->grad_accum;
-  if (o->beta > 0 || o->kl_every > 0) {
+  if (needs_reference_(o)) {
     Memory whole = model_memory(c, rows, o->seq_len, 1, 1);
     RunMemory packed = run_memory(c, o->precision, 0, 0, 1, 1, 1);
     int has_packed = c->act_bits > 0;
@@ -819,6 +837,8 @@ static void grpo_check_options_(const Options *o) {
     die(EXIT_USAGE, "group_size=1: an answer is compared with the others of its group; a group of 1 has no signal");
   if (o->reward_model[0] == 0 && (o->reward_weights[0] || o->rule_weight >= 0 || o->reward_raw))
     die(EXIT_USAGE, "reward_weights, rule_weight and reward_raw say how reward models count; give them with reward_model=DIR");
+  if (!o->two_layer && (o->first_weight != 1 || o->first_beta >= 0))
+    die(EXIT_USAGE, "first_weight and first_beta say how first answers are trained beside corrections; give them with two_layer=1");
   if (o->two_layer && o->second_advantage == SECOND_GROUP && o->augmentation_size < 2)
     die(EXIT_USAGE, "second_advantage=group compares the corrections of an answer; augmentation_size must be at least 2");
   if ((long long)o->batch_size * o->group_size > 1 << 20)
@@ -945,10 +965,12 @@ UNUSED static void mode_grpo(Options *o) {
   memset(&g, 0, sizeof g);
   g.o = o;
   g.tok = &tok;
-  g.loss.clip_low = o->clip_eps;
-  g.loss.clip_high = o->clip_eps_high >= 0 ? o->clip_eps_high : o->clip_eps;
-  g.loss.beta = o->beta;
-  g.loss.kl = o->kl;
+  for (int k = 0; k < 2; k++) {
+    g.loss[k].clip_low = o->clip_eps;
+    g.loss[k].clip_high = o->clip_eps_high >= 0 ? o->clip_eps_high : o->clip_eps;
+    g.loss[k].beta = grpo_beta_(o, k);
+    g.loss[k].kl = o->kl;
+  }
   grpo_read_(&g, o, &c);
   int rows = o->batch_size * o->group_size;
   if (o->dry_run) {
@@ -964,7 +986,7 @@ UNUSED static void mode_grpo(Options *o) {
   model_load(&m, from, o->precision);
   m.dx_int8 = o->dx_int8 && o->precision == PRECISION_BF16;
   model_alloc_training(&m, rows, o->seq_len, o->recompute, 1);
-  if (o->beta > 0 || o->kl_every > 0) {
+  if (needs_reference_(o)) {
     load_to_run(&ref, start, o->precision, 1);
     if (ref.c.vocab != m.c.vocab) die(EXIT_USAGE, "%s: the reference has %d ids, the model %d", start, ref.c.vocab, m.c.vocab);
     model_alloc_batch(&ref, rows, o->seq_len, 1, 1);

@@ -87,7 +87,7 @@ static void pretrain_resolve_(Options *o, const Tokenizer *tok) {
   if (is_arithmetic(o)) {
     Arithmetic a;
     arithmetic_from_options(&a, o);
-    if (o->seq_len == 0) o->seq_len = arith_max_tokens(&a) - 1;
+    if (o->seq_len == 0) o->seq_len = arith_row_tokens(&a, o->arith_drafts > 0);
   } else if (o->data[0] == 0) {
     die(EXIT_USAGE, "preset %s needs data: data=arithmetic, or token shards such as data=data/train_*.bin (see prepro/)", o->preset);
   }
@@ -237,6 +237,7 @@ UNUSED static void mode_pretrain(Options *o) {
       Arithmetic a;
       arithmetic_from_options(&a, o);
       loader_open_arithmetic(&p.loader, &a, &tok, (uint64_t)o->seed);
+      p.loader.drafts = o->arith_drafts;
     } else {
       loader_open_shards(&p.loader, o->data, c.vocab, -1, (uint64_t)o->seed, 1);
       if (has_tok && p.loader.eot < 0) p.loader.eot = tok.eos_id;   // the files do not say it: llm.c's

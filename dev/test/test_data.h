@@ -335,6 +335,12 @@ static void test_arithmetic_holdout(void) {
   }
 }
 
+// Whether row r is the same in both batches.
+static int same_row_(const Batch *a, const Batch *b, int r) {
+  size_t at = (size_t)r * (size_t)a->T, bytes = (size_t)a->T * sizeof(int);
+  return memcmp(a->tokens + at, b->tokens + at, bytes) == 0 && memcmp(a->targets + at, b->targets + at, bytes) == 0;
+}
+
 static void test_arithmetic_batches(void) {
   Arithmetic a;
   Tokenizer t;
@@ -413,6 +419,65 @@ static void test_arithmetic_batches(void) {
   batch_free(&c);
   loader_free(&d);
   loader_free(&e);
+  tokenizer_free(&t);
+}
+
+// Rows with a draft: "12+34=56=46". How many there are, what is wrong with the drafts, what is trained, and the width that they need.
+static void test_arithmetic_drafts(void) {
+  static const struct { const char *ops; int min, max, mul_max; } sets[] = {
+      {"+-*", 0, 20, 5}, {"+", 0, 9, 0}, {"-", 0, 9, 0}, {"*", 0, 0, 9}, {"-", 90, 110, 0}, {"+", 100, 999, 0}, {"*", 0, 0, 110}};
+  Tokenizer t;
+  tokenizer_arithmetic(&t);
+  for (size_t k = 0; k < ARRAY_LEN(sets); k++) {
+    Arithmetic a;
+    DataLoader d, plain;
+    Batch b, c;
+    arith_init(&a, sets[k].ops, sets[k].min, sets[k].max, sets[k].mul_max, 0.1);
+    loader_open_arithmetic(&d, &a, &t, 7);
+    loader_open_arithmetic(&plain, &a, &t, 7);
+    d.drafts = 0.4;
+    int T = arith_row_tokens(&a, 1), drafts = 0, right = 0, up = 0, rows = 3000;
+    CHECK(arith_row_tokens(&a, 0) == arith_max_tokens(&a) - 1 && T > arith_row_tokens(&a, 0), "set %zu: width %d", k, T);
+    batch_alloc(&b, rows, T);
+    batch_alloc(&c, rows, T);
+    loader_batch(&d, 1, &b);
+    loader_batch(&plain, 1, &c);
+    for (int r = 0; r < rows; r++) {
+      const int *tok = b.tokens + r * T, *tgt = b.targets + r * T;
+      int n = 0, ends = 0, x, y, first = 0, second = 0, used = 0;
+      long draft, answer;
+      char op;
+      StrBuf out = {NULL, 0, 0};
+      while (n < T && tok[n] != t.eos_id && tok[n] != t.pad_id) n++;
+      tokenizer_decode(&t, tok, (size_t)n, &out);
+      for (int i = 0; i < T; i++) ends += tgt[i] == t.eos_id;
+      CHECK(ends == 1, "set %zu: row '%s' has no end: too narrow", k, out.data);
+      CHECK(sscanf(out.data, "%d%c%d=%n", &x, &op, &y, &first) == 3, "row '%s'", out.data);
+      long want = op == '+' ? x + y : op == '-' ? x - y : x * y;
+      if (strchr(out.data + first, '=') == NULL) {
+        CHECK(atol(out.data + first) == want && same_row_(&b, &c, r), "row '%s' without a draft", out.data);
+      } else {
+        drafts++;
+        CHECK(sscanf(out.data + first, "%ld=%n%ld", &draft, &second, &answer) == 2 && answer == want, "row '%s'", out.data);
+        long by = labs(draft - want), power = 1;
+        while (power < by) power *= 10;
+        right += by == 0;
+        up += draft > want;
+        CHECK(by == 0 || (by == power && power <= (labs(want) > 9 ? 10 * labs(want) : 10)), "row '%s': off by %ld", out.data, by);
+        for (int i = 0; i < T; i++) used += tgt[i] != IGNORE;
+        CHECK(used == n - first - second + 1, "row '%s': %d targets", out.data, used);
+      }
+      strbuf_free(&out);
+    }
+    // 3000 and about 1200 and 600 draws: five standard deviations.
+    CHECK(abs(drafts - 1200) < 135, "set %zu: %d drafts of 1200", k, drafts);
+    CHECK(abs(2 * right - drafts) < 175 && abs(2 * up - (drafts - right)) < 125, "set %zu: %d of %d drafts right, %d too large", k,
+          right, drafts, up);
+    batch_free(&b);
+    batch_free(&c);
+    loader_free(&d);
+    loader_free(&plain);
+  }
   tokenizer_free(&t);
 }
 
@@ -807,6 +872,7 @@ static void test_shard_refuses(void) {
   {"arithmetic_problems", "enumeration, texts, longest row, held-out list", test_arithmetic_problems},             \
   {"arithmetic_holdout", "a problem's side depends on its text alone", test_arithmetic_holdout},                   \
   {"arithmetic_batches", "rows, targets, train set without held-out, pure function", test_arithmetic_batches},     \
+  {"arithmetic_drafts", "rows with a draft: how many, how wrong, which width", test_arithmetic_drafts},            \
   {"arithmetic_heldout_batches", "held-out problems as batches, the last one filled with padding",                   \
    test_arithmetic_heldout_batches},                                                                               \
   {"arithmetic_refuses", "options that make no sense", test_arithmetic_refuses},                                   \

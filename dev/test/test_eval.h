@@ -581,6 +581,8 @@ static void test_qa_run(void) {
   CHECK(fabs(qa_result_(root, run, "accuracy_2", "value") - qa_result_(root, run, "accuracy", "value") -
              (qa_result_(root, run, "i2c", "value") - qa_result_(root, run, "c2i", "value"))) < 1e-12,
         "second minus first = i2c - c2i");
+  double i2c = qa_result_(root, run, "i2c", "value"), c2i = qa_result_(root, run, "c2i", "value");
+  CHECK(fabs(qa_result_(root, run, "rise", "value") - (i2c - c2i)) < 1e-12, "rise %g", qa_result_(root, run, "rise", "value"));
   CHECK(qa_result_(root, "difference", "f1", "value") == 0 && qa_result_(root, "difference", "accuracy_2", "n") == 3,
         "a model against itself");
   int i = 0;
@@ -598,6 +600,22 @@ static void test_qa_run(void) {
         "%s", run_out);
   CHECK(strstr(run_out, "exact_match") && strstr(run_out, "1.0000"), "limit=2 has only right answers: %s", run_out);
   CHECK(program_("", "eval %s task=qa", eval_run_()) == EXIT_USAGE && strstr(run_err, "file="), "%s", run_err);
+
+  // The run's own held-out problems: as right as the evaluation of arithmetic finds them.
+  char own[4096];
+  double exact = NAN, problems = NAN;
+  CHECK(program_("", TINY "run_dir=%s steps=100 lambda_schedule=none arith_ops=+", test_dir()) == 0, "%s", run_err);
+  snprintf(own, sizeof own, "%s", last_run_());
+  CHECK(program_("", "eval %s", own) == 0, "%s", run_err);
+  CHECK(sscanf(run_out, "problems %lf val_loss %*f exact_match %lf", &problems, &exact) == 2, "%s", run_out);
+  CHECK(exact > 0, "this model must know something: %s", run_out);
+  CHECK(program_("", "eval %s task=qa file=arithmetic qa_template=plain n=5 results=%s", own, out) == 0, "%s", run_err);
+  root = eval_json_(out);
+  CHECK(qa_result_(root, own, "exact_match", "n") == problems && fabs(qa_result_(root, own, "exact_match", "value") - exact) < 1e-4,
+        "exact match %g of %g problems, expected %g of %g", qa_result_(root, own, "exact_match", "value"),
+        qa_result_(root, own, "exact_match", "n"), exact, problems);
+  CHECK(program_("", "eval %s task=qa file=arithmetic qa_template=plain data=/x.bin", own) == EXIT_USAGE &&
+            strstr(run_err, "file=arithmetic"), "not a run on arithmetic: %s", run_err);
   CHECK(program_("", "eval %s task=qa file=%s vs=/nowhere", eval_run_(), path) == EXIT_USAGE, "a second model that is not there: %s",
         run_err);
   CHECK(program_("", "eval %s task=qa file=%s qa_template=chatml", eval_run_(), path) == EXIT_USAGE && strstr(run_err, "im_start"),

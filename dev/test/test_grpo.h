@@ -594,6 +594,49 @@ static void test_grpo_log(void) {
   }
 }
 
+// first_weight and first_beta: what the first answers' own layer does while corrections are trained.
+static void test_grpo_first_layer(void) {
+  const char *from = grpo_base_();
+  char anchored[4096], free_[4096];
+  const char *corrections = "two_layer=1 augmentation_size=4 second_advantage=group beta=0 steps=12 warmup_steps=0 lr=2e-2";
+  // Neither rewarded nor held: the first layer has nothing to train, and only the corrections have a loss.
+  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s %s first_weight=0 reward=f1", from, test_dir(), corrections) == 0, "%s", run_err);
+  snprintf(free_, sizeof free_, "%s", last_run_());
+  double moved2 = 0;
+  for (int step = 1; step <= 12; step++) {
+    CHECK(logged_(free_, step, "abs_advantage") == 0 && logged_(free_, step, "ratio") == 0, "step %d: the first layer was trained",
+          step);
+    moved2 += logged_(free_, step, "ratio2") > 0;
+  }
+  CHECK(moved2 > 0, "no correction was trained");
+  // Held: answers of the first step are as likely as at the start, those of later steps are not, and the distance is a loss.
+  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s %s first_weight=0 first_beta=5 loss_type=token", from, test_dir(), corrections) == 0,
+        "%s", run_err);
+  snprintf(anchored, sizeof anchored, "%s", last_run_());
+  double last = logged_(anchored, 12, "kl");
+  CHECK(logged_(anchored, 1, "kl") == 0 && last > 0, "distance from the start %g, then %g", logged_(anchored, 1, "kl"), last);
+  double loss = logged_(anchored, 12, "loss");
+  CHECK(fabs(loss - 5 * last) < 1e-5 * loss, "loss %g, 5 x %g expected", loss, last);
+  // beta of the corrections alone needs the start as well.
+  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s two_layer=1 augmentation_size=2 verifier_mode=none steps=2 first_beta=0 beta=0.1 "
+                 "kl=k3", from, test_dir()) == 0, "%s", run_err);
+  CHECK(logged_(last_run_(), 2, "kl2") > 0, "kl2 %g", logged_(last_run_(), 2, "kl2"));
+  // The defaults are the common loss: the same bits.
+  const char *plain = "two_layer=1 augmentation_size=2 verifier_mode=none steps=3 beta=0.02";
+  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s %s", from, test_dir(), plain) == 0, "%s", run_err);
+  snprintf(free_, sizeof free_, "%s", last_run_());
+  CHECK(program_("", GRPO_TINY "init=%s run_dir=%s %s first_weight=1 first_beta=0.02", from, test_dir(), plain) == 0, "%s", run_err);
+  CHECK(same_in_runs_(free_, last_run_(), "model.safetensors"), "first_weight=1 and first_beta=beta change the parameters");
+  // What is refused.
+  static const char *const bad[][2] = {{"two_layer=1 first_weight=-1", "first_weight"}, {"two_layer=1 first_beta=-2", "first_beta"},
+                                       {"two_layer=1 first_weight=x", "first_weight"},  {"first_weight=0", "two_layer=1"},
+                                       {"first_beta=1", "two_layer=1"}};
+  for (size_t i = 0; i < ARRAY_LEN(bad); i++) {
+    int code = program_("", GRPO_TINY "init=%s run_dir=%s steps=1 %s", from, test_dir(), bad[i][0]);
+    CHECK(code == EXIT_USAGE && strstr(run_err, bad[i][1]), "%s: exit %d: %s", bad[i][0], code, run_err);
+  }
+}
+
 // Stopping and going on gives the bits of a run that does not stop; the CSV log has each step once.
 static void test_grpo_resume(void) {
   static const char *const settings[] = {"num_iterations=2", "two_layer=1 augmentation_size=2 verifier_mode=none buffer_size=8 "
@@ -705,6 +748,7 @@ static void test_grpo_bad_input(void) {
   {"success_ring", "the success buffer: order, age, as JSON and back", test_success_ring},                      \
   {"grpo_same_bits", "threads, recompute, evaluations: the same parameters", test_grpo_same_bits},              \
   {"grpo_log", "what a run logs; ratios of the first update are 1", test_grpo_log},                             \
+  {"grpo_first_layer", "first_weight and first_beta: not rewarded, held, refused", test_grpo_first_layer},       \
   {"grpo_resume", "stopped and resumed: the same bits, CSV rows once", test_grpo_resume},                       \
   GRPO_LEARNS_                                                                                                  \
   {"grpo_bad_input", "wrong files and options: exit 2, nothing written", test_grpo_bad_input}
