@@ -22,6 +22,7 @@ Defines:     mode_eval_qa.
 #define MODE_EVAL_QA_H
 
 #include "../bitnet/rewards.h"
+#include "../dataloader.h"
 #include "chat.h"
 #include "eval_tasks.h"
 #include "question.h"

@@ -3,6 +3,7 @@ grpo.h: reinforcement learning. A model answers questions, is told how good each
 
 What it is:  ./train_bitnet grpo arithmetic init=RUN               sums and differences; the reward is being right
              ./train_bitnet grpo init=DIR data=FILE.jsonl          questions with answers from a file
+             ./train_bitnet grpo corrections init=RUN              sums and differences; the reward is a better second answer
              ./train_bitnet grpo resume=RUN                        goes on with the same bits
              the data of each step (questions, sampled answers, rewards, advantages) as hooks of the common trainer.
 What not:    the loss (bitnet/policy.h), the sampling (bitnet/rollout.h), the scores of answers (bitnet/rewards.h).
