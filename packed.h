@@ -87,7 +87,7 @@ UNUSED static uint32_t bytes_down(uint32_t x, int n) {
 #endif
 
 /*
-What rows n .. n+rows-1 of a panel have in one unit: four neighbouring bytes of each vector for every row, from its codes [UNIT_K], which lie
+What some rows of a panel have in one unit: four neighbouring bytes of each vector for every row, from its codes [UNIT_K], which lie
 `apart` bytes behind those of the row before. Four codes are worked on at once, as the bytes of a word: no byte ever exceeds 255, so
 none reaches into the next. With rows known to the compiler, the loops over rows become vectors.
 */

@@ -152,9 +152,9 @@ UNUSED static void pack4(uint8_t *packed, const int8_t *codes, size_t out, size_
 }
 
 /*
-codes (=) [n], n a multiple of 4, from n bytes with one code + 1 each in the two bits from `shift` on. Returns 1, or 0 if one is a 3, which no
-packer writes: the data are damaged. The bytes of a word are worked on together; with its top bit set a byte can be lowered by 1
-without borrowing from the next.
+codes (=) [n], n a multiple of 4, from n bytes with one code + 1 each in the two bits from `shift` on. Returns 1, or 0 if one is a 3,
+which no packer writes: the data are damaged. The bytes of a word are worked on together; with its top bit set a byte can be lowered
+by 1 without borrowing from the next.
 */
 UNUSED static int codes_from_bits(int8_t *codes, const uint8_t *bytes, size_t n, int shift) {
   const uint32_t low = 0x03030303u, one = 0x01010101u, top = 0x80808080u;

@@ -337,9 +337,11 @@ static void load_rows_(Head *h, const ModelSource *s, int i, const Stage_ *st) {
   }
 }
 
-// A table that stays in its file. Once it has been read for the screen, its memory is given back: a screened search reads few rows of it.
+// A table that stays in its file. Once it has been checked and read for the screen, its memory is given back: a screened search reads
+// few rows of it.
 static void load_in_file_(Head *h, FilePart *part, const ModelSource *s, int i) {
-  size_t C = (size_t)h->C, V = (size_t)h->V, step = load_chunk / C > 0 ? load_chunk / C : 1, size = h->half ? sizeof(uint16_t) : sizeof(float);
+  size_t C = (size_t)h->C, V = (size_t)h->V, step = load_chunk / C > 0 ? load_chunk / C : 1;
+  size_t size = h->half ? sizeof(uint16_t) : sizeof(float);
   source_map(s, i, part);
   h->table = (void *)part->data;
   for (size_t v = 0; v < V; v += step) {

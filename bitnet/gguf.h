@@ -6,7 +6,8 @@ What it is:  a reader that maps a file into memory and believes nothing in it, t
 What not:    nothing here knows which tensors or keys a model has; source.h and modes/convert.h do. Versions 2 and 3, little-endian.
 Read before: bitnet/utils.h, bitnet/safetensors.h (16-bit floats).
 Defines:     GgufType, gguf_type_name; GgufKey, GgufTensor, Gguf, gguf_open, gguf_close, gguf_key, gguf_u64, gguf_f32, gguf_bool,
-             gguf_text, gguf_array_text, gguf_find, gguf_read, gguf_release; tq1_encode, tq2_encode, i2s_encode, q8_encode; GgufOut,
+             gguf_text, gguf_array_text, gguf_find, gguf_read, gguf_is_codes, gguf_codes, gguf_one_scale,
+             gguf_release; tq1_encode, tq2_encode, i2s_encode, q8_encode; GgufOut,
              gguf_put_*, gguf_write.
 
 A file:
@@ -539,8 +540,8 @@ UNUSED static void gguf_read(const Gguf *g, const GgufTensor *t, float *out, siz
 }
 
 /*
-codes (=) [count]: the signs of values first .. first+count-1, whole blocks, of a tensor for which gguf_is_codes. Returns 1, or 0 if a block
-holds bytes that no encoder writes.
+codes (=) [count]: the signs of values first .. first+count-1, whole blocks, of a tensor for which gguf_is_codes. Returns 1, or 0 if a
+block holds bytes that no encoder writes.
 */
 UNUSED static int gguf_codes(const Gguf *g, const GgufTensor *t, int8_t *codes, size_t first, size_t count) {
   size_t size = t->type->block;
@@ -555,8 +556,8 @@ UNUSED static int gguf_codes(const Gguf *g, const GgufTensor *t, int8_t *codes, 
 }
 
 /*
-1 if all values of such a tensor are -g, 0 or g; *gamma (=) g, 0 for zeros only. Scales decide it: those of blocks of zeros may be any number.
-Blocks that no encoder writes are left to whoever reads them.
+1 if all values of such a tensor are -g, 0 or g; *gamma (=) g, 0 for zeros only. Scales decide it: those of blocks of zeros may be any
+number. Blocks that no encoder writes are left to whoever reads them.
 */
 UNUSED static int gguf_one_scale(const Gguf *g, const GgufTensor *t, float *gamma) {
   float top = 0;

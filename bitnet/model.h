@@ -8,8 +8,8 @@ What not:    no arithmetic (that is below bitnet/ops.h), no losses (losses.h wri
              from), no optimizer, no files.
 Read before: bitnet/ops.h; train_bitnet.c for what each operation computes.
 Defines:     Config, config_check; Tensor, Model, model_open, model_alloc_batch, model_alloc_training, model_free, model_quantize,
-             model_open_frozen, frozen_weight, model_embed, model_logits, Context, layer_forward, layer_backward, model_forward,
-             model_backward; Memory, model_memory.
+             TABLE_*, model_open_frozen, frozen_weight, model_embed, model_logits, Context, layer_forward, layer_backward,
+             model_forward, model_backward; Memory, model_memory.
 
 One block, with the names of the buffers (DESIGN of BitNet b1.58 with sub-norms):
 

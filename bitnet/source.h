@@ -823,7 +823,8 @@ UNUSED static void source_open(ModelSource *s, const char *path) {
 // ---------------------------------------------------------------------------------------------------------
 // Reading.
 
-// Codes first .. first+n-1 of a tensor that holds them in one row. Returns n, or how many came before a byte or bits that stand for none.
+// Codes first .. first+n-1 of a tensor that holds them in one row. Returns n, or how many came before a byte or bits that stand for
+// none.
 static size_t source_row_codes_(const ModelSource *s, const SourceTensor *x, int8_t *codes, size_t first, size_t n) {
   static const int powers[5] = {1, 3, 9, 27, 81};
   const unsigned char *p = st_data(x->file, x->st);
@@ -984,8 +985,8 @@ static void source_bad_codes_(const ModelSource *s, const SourceTensor *x, int8_
       source_offset_(s, x));
 }
 
-// How far apart rows of tensor i lie that share bytes of the file; the number of rows if none do. Reading them one after the other reads
-// memory once.
+// How far apart rows of tensor i lie that share bytes of the file; the number of rows if none do. Reading them one after the other
+// reads memory once.
 UNUSED static size_t source_rows_apart(const ModelSource *s, int i) {
   const SourceTensor *x = &s->tensors[i];
   return x->t->shape[0] / (x->st && x->ternary && !x->row ? 4 : 1);

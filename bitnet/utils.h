@@ -6,8 +6,8 @@ What it is:  error exits, checked memory, the counter-based random numbers, time
 What not:    nothing here knows about models, tensors or devices.
 Read before: nothing; this is the bottom of the house.
 Defines:     die, die_at, EXIT_USAGE, EXIT_DAMAGED; xmalloc, xcalloc, xrealloc, xstrdup, alloc_guard;
-             rng_u64, rng_uniform, rng_normal, rng_below; time_now; StrBuf; read_file, map_file, make_dirs,
-             SafeFile (temporary name -> fsync -> rename), hash_bytes, crc32_bytes, nearest_name.
+             rng_u64, rng_uniform, rng_normal, rng_below; time_now; StrBuf; read_file, map_file, FilePart, map_release,
+             make_dirs, SafeFile (temporary name -> fsync -> rename), hash_bytes, crc32_bytes, nearest_name.
 */
 #ifndef BITNET_UTILS_H
 #define BITNET_UTILS_H
@@ -340,7 +340,8 @@ UNUSED static void file_part_close(FilePart *p) {
 
 // Gives back the memory of the pages that lie in bytes [begin, end) of a mapping; they can be read again, from the file.
 UNUSED static void map_release(const unsigned char *begin, const unsigned char *end) {
-  uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = ((uintptr_t)begin + page - 1) / page * page, last = (uintptr_t)end / page * page;
+  uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = ((uintptr_t)begin + page - 1) / page * page;
+  uintptr_t last = (uintptr_t)end / page * page;
   if (first < last) madvise((void *)first, last - first, MADV_DONTNEED);
 }
 

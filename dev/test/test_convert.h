@@ -463,8 +463,8 @@ static void check_frozen_form_(const char *place, const char *what, int half, in
 }
 
 /*
-Each form of a file with each number of threads, read in pieces that are smaller than any matrix. A table that can be used where it lies is
-left in the file, and a number in it that is not finite is found there, too.
+Each form of a file, read in pieces that are smaller than any matrix. A table that can be used where it lies is left in the file, and
+a number in it that is not finite is found there, too.
 */
 static void test_frozen_forms(void) {
   static const struct { const char *args; int half, in_file; } forms[] = {

@@ -160,9 +160,10 @@ static void test_packed_sums(void) {
     uint8_t *panels = (uint8_t *)dev_memory_(ternary_panel_bytes(N, K)), *packed = (uint8_t *)dev_memory_(packed_bytes(N, K));
     ternary_pack_panels(panels, t, N, K);
     for (size_t n = 0; n < N; n++) packed_set_rows(packed, n, 1, t + n * K, K);
-    uint8_t *panels_at_once = (uint8_t *)dev_memory_(packed_bytes(N, K));
-    for (size_t n = 0; n < N; n += I8_WIDTH) packed_set_rows(panels_at_once, n, N - n < I8_WIDTH ? N - n : (size_t)I8_WIDTH, t + n * K, K);
-    CHECK(same_bits_(packed, panels_at_once, packed_bytes(N, K)), "[%zu,%zu]: rows packed together", N, K);
+    uint8_t *whole = (uint8_t *)dev_memory_(packed_bytes(N, K));
+    for (size_t n = 0; n < N; n += I8_WIDTH)
+      packed_set_rows(whole, n, N - n < I8_WIDTH ? N - n : (size_t)I8_WIDTH, t + n * K, K);
+    CHECK(same_bits_(packed, whole, packed_bytes(N, K)), "[%zu,%zu]: rows packed together", N, K);
     float *s = normals_(M, 1, 0.2), *gamma = normals_(N, 1, 0.2), *a = host_floats_(M * N), *b = host_floats_(M * N);
     int32_t *sums_a = (int32_t *)host_memory_(M * N * sizeof(int32_t)), *sums_b = (int32_t *)host_memory_(M * N * sizeof(int32_t));
     gemm_i8(a, sums_a, q, s, panels, gamma, NULL, NULL, M, N, K);
@@ -511,8 +512,8 @@ static void test_frozen_allocation(void) {
 }
 
 #ifdef BITNET_MATMUL_H
-// run_memory is what a frozen model and its session take. Loading takes a chunk of the host's memory more, or one float matrix, but not at
-// the same time as the session.
+// run_memory is what a frozen model and its session take. Loading takes a chunk of the host's memory more, or one float matrix, but
+// not at the same time as the session.
 static void test_frozen_memory(void) {
   set_threads_(0);
   for (int f = 0; f < FROZEN_FORMS_; f++) {
