@@ -197,7 +197,7 @@ int dev_reads_host(void) {
 }
 
 void host_parallel(int n, void (*work)(void *ctx, int i), void *ctx) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n > 1)
   for (int i = 0; i < n; i++) work(ctx, i);
 }
 
