@@ -7,7 +7,7 @@ What it is:  ternary weights packed into 2 bits or less, multiplied without bein
              table stays unread.
 What not:    nothing of training, and no choice of what is packed; train_bitnet.c decides that.
 Read before: bitnet/ops.h, vectors.h, matmul.h.
-Defines:     packed_bytes, packed_set_row, packed_get_row, packed_i8, packed_scratch_bytes; gemm_few, gemm_few_scratch_bytes;
+Defines:     packed_bytes, packed_set_rows, packed_get_row, packed_i8, packed_scratch_bytes; gemm_few, gemm_few_scratch_bytes;
              Screen, screen_bytes, screen_at, screen_set_row, screen_argmax, screen_scratch_bytes.
 
 Decoding one token multiplies every weight once, so the machine waits for its memory: 2 bits a weight instead of 8 is four times the
@@ -87,43 +87,58 @@ UNUSED static uint32_t bytes_down(uint32_t x, int n) {
 #endif
 
 /*
-Four neighbouring bytes of each vector of a unit, from its codes [UNIT_K]. Four codes are worked on at once, as the bytes of a word: no byte
-ever exceeds 255, so none reaches into the next.
+What some rows of a panel have in one unit: four neighbouring bytes of each vector for every row, from its codes [UNIT_K], which lie
+`apart` bytes behind those of the row before. Four codes are worked on at once, as the bytes of a word: no byte ever exceeds 255, so
+none reaches into the next. With rows known to the compiler, the loops over rows become vectors.
 */
-static void unit_set(uint8_t *unit, const int8_t *codes) {
-  uint32_t bytes[UNIT_INDICES], c;
+static inline __attribute__((always_inline)) void unit_set(uint8_t *unit, const int8_t *codes, size_t apart, const int rows) {
+  uint32_t bytes[UNIT_INDICES][I8_WIDTH], c[FIELDS][I8_WIDTH];
   for (int i = 0; i < UNIT_INDICES; i++) {
-    bytes[i] = 0;
+    for (int f = 0; f < FIELDS; f++) {
+      for (int n = 0; n < rows; n++) memcpy(&c[f][n], codes + (size_t)n * apart + 4 * (i * FIELDS + f), 4);
+    }
+    for (int n = 0; n < rows; n++) bytes[i][n] = 0;
     for (int f = FIELDS - 1; f >= 0; f--) {
-      memcpy(&c, codes + 4 * (i * FIELDS + f), 4);
-      c = ((c & 0x03030303u) + 0x01010101u) & 0x03030303u;   // -1, 0, 1 to 0, 1, 2
+      for (int n = 0; n < rows; n++) {
+        uint32_t four = ((c[f][n] & 0x03030303u) + 0x01010101u) & 0x03030303u;   // -1, 0, 1 to 0, 1, 2
 #ifdef BITNET_THIRDS
-      bytes[i] = 3 * bytes[i] + c;
+        bytes[i][n] = 3 * bytes[i][n] + four;
 #else
-      bytes[i] = bytes[i] << 2 | c;
+        bytes[i][n] = bytes[i][n] << 2 | four;
 #endif
+      }
     }
   }
 #ifdef BITNET_THIRDS
-  const uint32_t three = 0x07070707u, *x = bytes;
-  uint32_t high[5] = {x[5] & three, x[6] & three, x[7] & three, bytes_down(x[5], 3) | (bytes_down(x[7], 3) & 0x01010101u) << 2,
-                      bytes_down(x[6], 3) | bytes_down(x[7], 4) << 2};
-  for (int i = 0; i < 5; i++) bytes[i] |= high[i] << 5;
+  const uint32_t three = 0x07070707u, one = 0x01010101u;
+  for (int n = 0; n < rows; n++) {
+    uint32_t x5 = bytes[5][n], x6 = bytes[6][n], x7 = bytes[7][n];
+    bytes[0][n] |= (x5 & three) << 5;
+    bytes[1][n] |= (x6 & three) << 5;
+    bytes[2][n] |= (x7 & three) << 5;
+    bytes[3][n] |= (bytes_down(x5, 3) | (bytes_down(x7, 3) & one) << 2) << 5;
+    bytes[4][n] |= (bytes_down(x6, 3) | bytes_down(x7, 4) << 2) << 5;
+  }
 #endif
-  for (int i = 0; i < UNIT_VECTORS; i++) memcpy(unit + 64 * i, &bytes[i], 4);
+  for (int i = 0; i < UNIT_VECTORS; i++) memcpy(unit + 64 * i, bytes[i], (size_t)rows * 4);
 }
 
-// Row n of packed (=) from K codes in {-1,0,1}. Rows share no bytes.
-static void packed_set_row(uint8_t *packed, size_t n, const int8_t *codes, size_t K) {
+// Rows n .. n+rows-1 of packed (=), all of one panel, from their codes [rows,K] in {-1,0,1}. Rows share no bytes.
+static void packed_set_rows(uint8_t *packed, size_t n, size_t rows, const int8_t *codes, size_t K) {
   size_t units = packed_units(K);
   uint8_t *out = packed + n / I8_WIDTH * units * UNIT_BYTES + n % I8_WIDTH * 4;
-  int8_t last[UNIT_K];
+  int8_t last[I8_WIDTH * UNIT_K];
   for (size_t k = 0; k < K; k += UNIT_K, out += UNIT_BYTES) {
+    const int8_t *from = codes + k;
+    size_t apart = K;
     if (K - k < UNIT_K) {   // behind the end: whatever, it meets activations of 0
       memset(last, -1, sizeof last);
-      memcpy(last, codes + k, K - k);
+      for (size_t r = 0; r < rows; r++) memcpy(last + r * UNIT_K, from + r * K, K - k);
+      from = last;
+      apart = UNIT_K;
     }
-    unit_set(out, K - k < UNIT_K ? last : codes + k);
+    if (rows == I8_WIDTH) unit_set(out, from, apart, I8_WIDTH);
+    else for (size_t r = 0; r < rows; r++) unit_set(out + 4 * r, from + r * apart, apart, 1);
   }
 }
 
@@ -471,33 +486,49 @@ static Screen screen_at(void *memory) {
   return s;
 }
 
-// Row n (=) from the K values of the exact table. Rows share only *norm_max, which the caller raises to the returned norm of the row.
-static float screen_set_row(const Screen *s, size_t n, const float *w, size_t K) {
+/*
+Row n (=) from the K values of the exact table. Rows share only *norm_max, which the caller raises to the returned norm of the row.
+
+All is computed in units of the scale: y = w / scale, in float, is off by at most 2^-22 |y|, and y - c is exact, so that
+|w - w~| <= scale (|y - c| + 2^-22 |y|). Sums of K squares in float are off by at most K 2^-23 of themselves.
+*/
+static float screen_set_row(const Screen *s, size_t n, const float *RESTRICT w, size_t K) {
+  enum { PIECE = 32 * SCREEN_K };
+  const float round = 0x1.8p23f;   // added and taken off again, it leaves the nearest integer
   uint8_t *panel = s->panels + n / I8_WIDTH * screen_panel_bytes(K), *out = panel + SCREEN_BYTES + n % I8_WIDTH * 4;
-  float top = 0;
+  float top = 0, error2 = 0, norm2 = 0;
+#pragma omp simd reduction(max : top)
   for (size_t k = 0; k < K; k++) top = fabsf(w[k]) > top ? fabsf(w[k]) : top;
-  float scale = top / 31.0f, inverse = scale > 0 ? 1.0f / scale : 0.0f;
-  double error = 0, norm = 0;
-  for (size_t u = 0; u < screen_units(K); u++, out += SCREEN_BYTES) {
-    for (size_t j = 0; j < 4; j++) {
-      unsigned codes[4] = {32, 32, 32, 32};
-      for (size_t i = 0; i < 4; i++) {
-        size_t k = u * SCREEN_K + 4 * i + j;
-        if (k >= K) continue;
-        float c = rintf(w[k] * inverse);
-        c = c >= -31 && c <= 31 ? c : 0;   // 0 where the inverse of a tiny scale is infinite
-        double d = (double)w[k] - (double)scale * (double)c;
-        error += d * d;
-        norm += (double)w[k] * (double)w[k];
-        codes[i] = (unsigned)((int)c + 32);
+  float scale = top / 31.0f;
+  int tiny = !(scale >= TINY_);   // its inverse could be infinite: all codes are 0
+  float inverse = tiny ? 0.0f : 1.0f / scale;
+  for (size_t first = 0; first < K; first += PIECE) {
+    uint8_t codes[PIECE];
+    size_t count = K - first < PIECE ? K - first : (size_t)PIECE, padded = (count + SCREEN_K - 1) / SCREEN_K * SCREEN_K;
+    const float *RESTRICT x = w + first;
+#pragma omp simd reduction(+ : error2, norm2)
+    for (size_t k = 0; k < count; k++) {
+      float y = x[k] * inverse, c = (y + round) - round;
+      c = c > 31 ? 31 : c < -31 ? -31 : c;
+      error2 += (y - c) * (y - c);
+      norm2 += y * y;
+      codes[k] = (uint8_t)((int)c + 32);
+    }
+    memset(codes + count, 32, padded - count);
+    for (size_t u = 0; u < padded; u += SCREEN_K, out += SCREEN_BYTES) {
+      uint32_t four[4];
+      memcpy(four, codes + u, sizeof four);
+      for (int v = 0; v < 3; v++) {
+        uint32_t bytes = four[v] | (four[3] >> (4 - 2 * v) & 0x03030303u) << 6;
+        memcpy(out + 64 * v, &bytes, 4);
       }
-      for (size_t v = 0; v < 3; v++) out[64 * v + j] = (uint8_t)(codes[v] | (codes[3] >> (4 - 2 * v) & 3) << 6);
     }
   }
-  error = sqrt(error) * (1 + 1e-6);
-  norm = sqrt(norm) * (1 + 1e-6);
+  double slack = 1 + (double)(K + 64) * 0x1p-23, norm = (double)scale * sqrt((double)norm2 * slack) * (1 + 0x1p-22);
+  double error = (double)scale * (sqrt((double)error2 * slack) + 0x1p-22 * sqrt((double)norm2 * slack));
+  if (tiny) error = norm = (double)top * sqrt((double)K);
   float *numbers = (float *)panel + n % I8_WIDTH;
-  numbers[0] = scale;
+  numbers[0] = tiny ? 0 : scale;
   numbers[I8_WIDTH] = (float)((error + (double)(K + 64) * 0x1p-23 * norm + TINY_ * sqrt((double)K)) * (1 + 1e-6));
   return numbers[2 * I8_WIDTH] = (float)((norm + error) * (1 + 1e-6));
 }

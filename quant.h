@@ -7,7 +7,7 @@ What it is:  the ternary quantiser of weights, the int8 quantiser of activations
 What not:    no loops over models and no products; see train_bitnet.c (ops) and matmul.h (products).
 Read before: bitnet/utils.h. Formulas and their sources: README, "The recipe".
 Defines:     ternary_gamma, ternary_code, act_levels, act_inverse_scale, act_round, noise_at, noisy_code, lambda_mix, lambda_at, pack4,
-             unpack4.
+             codes_from_bits, unpack4_row.
 */
 #ifndef BITNET_QUANT_H
 #define BITNET_QUANT_H
@@ -151,20 +151,35 @@ UNUSED static void pack4(uint8_t *packed, const int8_t *codes, size_t out, size_
   }
 }
 
-// codes (=) [out, in]. Returns 1, or 0 if a byte holds the code 3, which no packer writes: the data are damaged.
-UNUSED static int unpack4(int8_t *codes, const uint8_t *packed, size_t out, size_t in) {
-  size_t R = out / 4;
-  int three = 0;
-  for (size_t r = 0; r < R; r++) {
-    const uint8_t *bytes = packed + r * in;
-    for (size_t i = 0; i < 4; i++) {
-      int8_t *to = codes + (i * R + r) * in;
-      for (size_t c = 0; c < in; c++) {
-        int code = bytes[c] >> (2 * i) & 3;
-        three |= code & code >> 1;
-        to[c] = (int8_t)(code - 1);
-      }
-    }
+/*
+codes (=) [n], n a multiple of 4, from n bytes with one code + 1 each in the two bits from `shift` on. Returns 1, or 0 if one is a 3,
+which no packer writes: the data are damaged. The bytes of a word are worked on together; with its top bit set a byte can be lowered
+by 1 without borrowing from the next.
+*/
+UNUSED static int codes_from_bits(int8_t *codes, const uint8_t *bytes, size_t n, int shift) {
+  const uint32_t low = 0x03030303u, one = 0x01010101u, top = 0x80808080u;
+  uint32_t threes = 0;
+  for (size_t i = 0; i < n; i += 4) {
+    uint32_t c;
+    memcpy(&c, bytes + i, 4);
+    c = c >> shift & low;
+    threes |= c & c >> 1;
+    c = ((c | top) - one) ^ top;
+    memcpy(codes + i, &c, 4);
+  }
+  return (threes & one) == 0;
+}
+
+// codes (=) [in] of row r of the packed matrix [out,in]. Returns as codes_from_bits.
+UNUSED static int unpack4_row(int8_t *codes, const uint8_t *packed, size_t out, size_t in, size_t r) {
+  const uint8_t *bytes = packed + r % (out / 4) * in;
+  int shift = (int)(2 * (r / (out / 4))), three = 0;
+  size_t whole = in / 4 * 4;
+  if (!codes_from_bits(codes, bytes, whole, shift)) return 0;
+  for (size_t c = whole; c < in; c++) {
+    int code = bytes[c] >> shift & 3;
+    three |= code == 3;
+    codes[c] = (int8_t)(code - 1);
   }
   return !three;
 }

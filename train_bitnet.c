@@ -115,14 +115,23 @@ void *dev_malloc(size_t bytes) {
   size_t rounded = (bytes + 63) / 64 * 64;
   if (rounded < bytes) return NULL;
   char *p = (char *)aligned_alloc(64, rounded ? rounded : 64);
-#ifdef MADV_HUGEPAGE
-  // Pages of 2 MB where the kernel has them: reading a large model through pages of 4 KB costs up to a third of the memory's speed.
-  if (p && rounded >= (size_t)8 << 20) madvise(p + (4096 - (uintptr_t)p % 4096) % 4096, rounded - 4096, MADV_HUGEPAGE);
-#endif
   if (p == NULL) return NULL;
-  size_t block = (size_t)2 << 20, blocks = (rounded + block - 1) / block;
-#pragma omp parallel for schedule(static) if (blocks > 8)   // the first touch of a page costs more than writing to it
-  for (size_t i = 0; i < blocks; i++) memset(p + i * block, 0, rounded - i * block < block ? rounded - i * block : block);
+#ifdef MADV_HUGEPAGE
+  if (rounded >= (size_t)8 << 20) {
+    // Pages of 2 MB where the kernel has them: reading a large model through pages of 4 KB costs up to a third of the memory's speed.
+    // What is given back comes again as zeros, so that the kernel's clearing of a page at its first touch is the only one.
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), head = (page - (uintptr_t)p % page) % page, pages = (rounded - head) / page;
+    madvise(p + head, pages * page, MADV_HUGEPAGE);
+    if (madvise(p + head, pages * page, MADV_DONTNEED) == 0) {
+      memset(p, 0, head);
+      memset(p + head + pages * page, 0, rounded - head - pages * page);
+#pragma omp parallel for schedule(static)   // the first touch of a page costs more than writing to it
+      for (size_t i = 0; i < pages; i++) *(volatile char *)(p + head + i * page) = 0;
+      return p;
+    }
+  }
+#endif
+  memset(p, 0, rounded);
   return p;
 }
 
@@ -181,6 +190,15 @@ void dev_floatx_in(floatX *dst, const float *src, size_t n) {
 
 void dev_floatx_out(float *dst, const floatX *src, size_t n) {
   memcpy(dst, src, n * sizeof(float));
+}
+
+int dev_reads_host(void) {
+  return 1;
+}
+
+void host_parallel(int n, void (*work)(void *ctx, int i), void *ctx) {
+#pragma omp parallel for schedule(static) if (n > 1)
+  for (int i = 0; i < n; i++) work(ctx, i);
 }
 
 // The best of several calls of a peak loop on all threads, operations a second.
@@ -583,29 +601,41 @@ size_t bitweight_packed_bytes(int N, int K) {
   return packed_bytes((size_t)N, (size_t)K);
 }
 
-// Logical matrix `part` of w from codes, or from master weights where codes is NULL.
-static void pack_part(BitWeight *w, int part, const float *master, const int8_t *codes, float gamma) {
-  size_t K = (size_t)w->K, first = 0, rows = (size_t)w->parts[part];
+// Rows first .. first+rows-1 of w from codes [rows,K], or from master weights where codes is NULL.
+static void pack_rows(BitWeight *w, size_t first, size_t rows, const float *master, const int8_t *codes, float gamma) {
+  size_t K = (size_t)w->K, begin = first / I8_WIDTH, end = (first + rows + I8_WIDTH - 1) / I8_WIDTH;
   float inverse = 1.0f / gamma;
   int8_t *copies = (int8_t *)scratch_floats((size_t)thread_count() * (K / sizeof(float) + 1));
-  for (int p = 0; p < part; p++) first += (size_t)w->parts[p];
   w->lambda = 1;
   w->packed = 1;
 #pragma omp parallel for schedule(static)
-  for (size_t i = 0; i < rows; i++) {
-    int8_t *row = copies + (size_t)thread_index() * (K / sizeof(float) + 1) * sizeof(float);
-    for (size_t k = 0; k < K && !codes; k++) row[k] = (int8_t)ternary_code(master[i * K + k], inverse);
-    packed_set_row((uint8_t *)w->data, first + i, codes ? codes + i * K : row, K);
-    w->gamma[first + i] = gamma;
+  for (size_t p = begin; p < end; p++) {
+    size_t n = p * I8_WIDTH < first ? first : p * I8_WIDTH, behind = (p + 1) * I8_WIDTH;
+    if (behind > first + rows) behind = first + rows;
+    if (codes) packed_set_rows((uint8_t *)w->data, n, behind - n, codes + (n - first) * K, K);
+    for (; n < behind; n++) {
+      int8_t *row = copies + (size_t)thread_index() * (K / sizeof(float) + 1) * sizeof(float);
+      for (size_t k = 0; k < K && !codes; k++) row[k] = (int8_t)ternary_code(master[(n - first) * K + k], inverse);
+      if (!codes) packed_set_rows((uint8_t *)w->data, n, 1, row, K);
+      w->gamma[n] = gamma;
+    }
   }
 }
 
-void weight_pack(BitWeight *w, int part, const float *master) {
-  pack_part(w, part, master, NULL, matrix_gamma(master, (size_t)w->parts[part] * (size_t)w->K));
+// The first row of logical matrix `part`.
+static size_t part_start(const BitWeight *w, int part) {
+  size_t first = 0;
+  for (int p = 0; p < part; p++) first += (size_t)w->parts[p];
+  return first;
 }
 
-void weight_pack_codes(BitWeight *w, int part, const int8_t *codes, float gamma) {
-  pack_part(w, part, NULL, codes, gamma);
+void weight_pack(BitWeight *w, int part, const float *master) {
+  size_t rows = (size_t)w->parts[part];
+  pack_rows(w, part_start(w, part), rows, master, NULL, matrix_gamma(master, rows * (size_t)w->K));
+}
+
+void weight_pack_codes(BitWeight *w, int part, const int8_t *codes, int first, int rows, float gamma) {
+  pack_rows(w, part_start(w, part) + (size_t)first, (size_t)rows, NULL, codes, gamma);
 }
 
 void weight_changes(int64_t *counts, int8_t *codes, const float *master, int rows, int K) {
@@ -1257,33 +1287,43 @@ size_t head_scratch_bytes(int V, int C) {
 
 void head_rows(Head *h, const float *rows, int first, int n) {
   size_t C = (size_t)h->C;
-  float *rounded = scratch_floats((size_t)thread_count() * C), norm_max = 0;
-#pragma omp parallel for schedule(static) reduction(max : norm_max)
+#pragma omp parallel for schedule(static)
   for (int i = 0; i < n; i++) {
     const float *RESTRICT x = rows + (size_t)i * C;
-    float *RESTRICT r = rounded + (size_t)thread_index() * C;
-    size_t row = (size_t)first + (size_t)i;
+    size_t at = (size_t)(first + i) * C;
     if (h->half) {
-      uint16_t *RESTRICT t = (uint16_t *)h->table + row * C;
+      uint16_t *RESTRICT t = (uint16_t *)h->table + at;
       for (size_t c = 0; c < C; c++) {
         uint32_t bits;
         memcpy(&bits, &x[c], 4);
         t[c] = (uint16_t)(bits >> 16);
       }
     } else {
-      memcpy((float *)h->table + row * C, x, C * sizeof(float));
+      memcpy((float *)h->table + at, x, C * sizeof(float));
     }
-    if (h->screen) {
-      Screen s = screen_at(h->screen);
+  }
+  head_screen(h, first, n);
+}
+
+void head_screen(Head *h, int first, int n) {
+  size_t C = (size_t)h->C;
+  float *rounded = scratch_floats((size_t)thread_count() * C), norm_max = 0;
+  if (h->screen == NULL) return;
+  Screen s = screen_at(h->screen);
+#pragma omp parallel for schedule(static) reduction(max : norm_max)
+  for (int i = first; i < first + n; i++) {
+    float *RESTRICT r = rounded + (size_t)thread_index() * C;
+    if (h->half) {
+      const uint16_t *RESTRICT t = (const uint16_t *)h->table + (size_t)i * C;
+      for (size_t c = 0; c < C; c++) r[c] = float_of_half(t[c]);
+    } else {
+      const float *RESTRICT x = (const float *)h->table + (size_t)i * C;
       for (size_t c = 0; c < C; c++) r[c] = h->precision == PRECISION_BF16 ? round_bf16(x[c]) : x[c];
-      float norm = screen_set_row(&s, row, r, C);
-      norm_max = norm > norm_max ? norm : norm_max;
     }
+    float norm = screen_set_row(&s, (size_t)i, r, C);
+    norm_max = norm > norm_max ? norm : norm_max;
   }
-  if (h->screen) {
-    float *top = screen_at(h->screen).norm_max;
-    *top = norm_max > *top ? norm_max : *top;
-  }
+  *s.norm_max = norm_max > *s.norm_max ? norm_max : *s.norm_max;
 }
 
 void head_embedding(floatX *out, const int *tokens, const Head *h, int R) {

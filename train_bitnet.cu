@@ -585,6 +585,10 @@ void head_rows(Head *h, const float *rows, int first, int n) {
   else dev_copy((float *)h->table + at, rows, (size_t)n * h->C * sizeof(float));
 }
 
+void head_screen(Head *h, int first, int n) {
+  (void)h, (void)first, (void)n;
+}
+
 void head_embedding(floatX *out, const int *tokens, const Head *h, int R) {
   if (h->half) embed(out, tokens, (const bf16 *)h->table, R, h->C);
   else embed(out, tokens, (const float *)h->table, R, h->C);
@@ -788,6 +792,14 @@ void dev_read(const void *p, size_t bytes) {
   unsigned blocks = (unsigned)gpu_.prop.multiProcessorCount * 8;
   LAUNCH(read_kernel, blocks, 256, 0, (uint32_t *)gpu_.sums, (const uint4 *)p, bytes / 16);
   CUDA_CHECK(cudaStreamSynchronize(gpu_.stream));
+}
+
+int dev_reads_host(void) {
+  return 0;
+}
+
+void host_parallel(int n, void (*work)(void *ctx, int i), void *ctx) {
+  for (int i = 0; i < n; i++) work(ctx, i);
 }
 
 // The best of several runs of n x n x n products, operations a second; 0 if the library has none or there is no memory.

@@ -171,8 +171,8 @@ __device__ inline int code_of(int8_t code, float inverse_gamma) {
   return code;
 }
 
-// Rows first .. first+rows-1 of packed from the values [rows,K] of one part; a block writes a tile, a thread a word. Parts may share
-// words: zeroed memory and one part at a time make "or" enough.
+// Rows first .. first+rows-1 of packed from the values [rows,K] of one part; a block writes a tile, a thread a word. Calls may share
+// words: zeroed memory and one call at a time make "or" enough.
 template <class T>
 __global__ void __launch_bounds__(TILE_K)
 weight_pack_kernel(uint32_t *packed, const float *gamma, const T *values, int first, int rows, int K) {
@@ -193,10 +193,9 @@ __global__ void fill_kernel(float *out, float value, int n) {
   if (i < n) out[i] = value;
 }
 
-// Part `part` of w from values [parts[part],K], when its gamma is there.
+// Rows first .. first+rows-1 of w from values [rows,K], when their gamma is there.
 template <class T>
-static void pack_part(const BitWeight *w, int part, const T *values) {
-  int first = part_start(*w, part), rows = w->parts[part];
+static void pack_rows(const BitWeight *w, int first, int rows, const T *values) {
   unsigned tile_rows = (unsigned)((first + rows - 1) / TILE_N - first / TILE_N + 1);
   LAUNCH(weight_pack_kernel<T>, dim3(blocks_for((size_t)w->K, TILE_K), tile_rows), TILE_K, 0, (uint32_t *)w->data, w->gamma, values,
          first, rows, w->K);
@@ -210,15 +209,15 @@ void weight_pack(BitWeight *w, int part, const float *master) {
   w->lambda = 1;
   w->packed = 1;
   weight_gammas(&alone, master);
-  pack_part(w, part, master);
+  pack_rows(w, part_start(*w, part), w->parts[part], master);
 }
 
-void weight_pack_codes(BitWeight *w, int part, const int8_t *codes, float gamma) {
-  int rows = w->parts[part];
+void weight_pack_codes(BitWeight *w, int part, const int8_t *codes, int first, int rows, float gamma) {
+  first += part_start(*w, part);
   w->lambda = 1;
   w->packed = 1;
-  LAUNCH(fill_kernel, blocks_for((size_t)rows, 256), 256, 0, w->gamma + part_start(*w, part), gamma, rows);
-  pack_part(w, part, codes);
+  LAUNCH(fill_kernel, blocks_for((size_t)rows, 256), 256, 0, w->gamma + first, gamma, rows);
+  pack_rows(w, first, rows, codes);
 }
 
 // codes (=) [rows,stride] of the outputs from n0 on, n0 a multiple of TILE_N; K <= stride <= padded(K), zeros from K on. A block takes

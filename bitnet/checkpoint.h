@@ -297,77 +297,124 @@ UNUSED static int model_load(Model *m, const char *path, int precision) {
   return codes_only;
 }
 
-enum { LOAD_CHUNK_ = 1 << 20 };   // floats that a frozen model is read by
+static size_t load_chunk = (size_t)1 << 20;   // floats, or fours of codes, that a frozen model is read by; tests make it small
 
-// Floats of tensor i to the device, some at a time.
-static void load_floats_(float *device, const ModelSource *s, int i, float *host) {
-  size_t n = s->tensors[i].t->n;
-  for (size_t first = 0; first < n; first += LOAD_CHUNK_) {
-    size_t count = n - first < LOAD_CHUNK_ ? n - first : (size_t)LOAD_CHUNK_;
-    source_floats(s, i, host, first, count);
-    dev_copy_in(device + first, host, count * sizeof(float));
+/*
+What a frozen model is read through. Where ops read memory of the host, both are the same; otherwise everything is copied to the device
+before an op gets it.
+*/
+typedef struct {
+  float *host, *device;
+} Stage_;
+
+static Stage_ stage_open_(size_t floats) {
+  Stage_ st;
+  st.host = (float *)xmalloc(size_mul(floats, sizeof(float)));
+  st.device = dev_reads_host() ? st.host : (float *)dev_malloc(floats * sizeof(float));
+  if (st.device == NULL) die(EXIT_FAILED, "out of memory: %.1f MB to read a matrix", (double)(floats * sizeof(float)) / 1e6);
+  return st;
+}
+
+static void stage_close_(Stage_ *st) {
+  if (st->device != st->host) dev_free(st->device);
+  free(st->host);
+}
+
+// The first `bytes` of the stage, for an op.
+static const void *staged_(const Stage_ *st, size_t bytes) {
+  if (st->device != st->host) dev_copy_in(st->device, st->host, bytes);
+  return st->device;
+}
+
+// A table of embeddings in memory of its own, some rows at a time.
+static void load_rows_(Head *h, const ModelSource *s, int i, const Stage_ *st) {
+  size_t C = (size_t)h->C, V = (size_t)h->V, step = load_chunk / C > 0 ? load_chunk / C : 1;
+  for (size_t v = 0; v < V; v += step) {
+    size_t n = V - v < step ? V - v : step;
+    source_floats(s, i, st->host, v * C, n * C);
+    head_rows(h, (const float *)staged_(st, n * C * sizeof(float)), (int)v, (int)n);
+    source_release(s, i);   // so that table and file are never both in memory
   }
 }
 
-// A table of embeddings, some rows at a time.
-static void load_rows_(Head *h, const ModelSource *s, int i, float *device, float *host) {
-  size_t C = (size_t)h->C, V = (size_t)h->V, step = LOAD_CHUNK_ / C > 0 ? LOAD_CHUNK_ / C : 1;
+// A table that stays in its file. Once it has been checked and read for the screen, its memory is given back: a screened search reads
+// few rows of it.
+static void load_in_file_(Head *h, FilePart *part, const ModelSource *s, int i) {
+  size_t C = (size_t)h->C, V = (size_t)h->V, step = load_chunk / C > 0 ? load_chunk / C : 1;
+  size_t size = h->half ? sizeof(uint16_t) : sizeof(float);
+  source_map(s, i, part);
+  h->table = (void *)part->data;
   for (size_t v = 0; v < V; v += step) {
     size_t n = V - v < step ? V - v : step;
-    source_floats(s, i, host, v * C, n * C);
-    dev_copy_in(device, host, n * C * sizeof(float));
-    head_rows(h, device, (int)v, (int)n);
-    source_release(s, i);   // so that table and file are never both in memory
+    source_check_finite(s, i, part, size, v * C, n * C);
+    head_screen(h, (int)v, (int)n);
+    map_release(part->data + v * C * size, part->data + (v + n) * C * size);
+  }
+}
+
+// Matrix i, which the file holds as codes, some rows at a time. Rows that share bytes of the file follow each other.
+static void load_codes_(Model *m, const ModelSource *s, int i, const Stage_ *st) {
+  int part;
+  BitWeight *w = frozen_weight(m, i, &part);
+  size_t K = (size_t)w->K, rows = (size_t)w->parts[part], step = 4 * load_chunk / K / 16 * 16;
+  if (step == 0) step = 16;
+  size_t apart = source_rows_apart(s, i);
+  for (size_t r = 0; r < apart; r += step) {
+    for (size_t first = r; first < rows; first += apart) {
+      size_t n = apart - r < step ? apart - r : step;
+      float gamma = source_codes(s, i, (int8_t *)st->host, first, n);
+      weight_pack_codes(w, part, (const int8_t *)staged_(st, n * K), (int)first, (int)n, gamma);
+    }
   }
 }
 
 /*
 The same in the form that only runs, at lambda = 1: the bits of model_load and model_quantize in about a sixteenth of the memory, and
-codes that a file holds go in as they are. Besides the model itself there is never more than one matrix in float. Exits as source_open
-does.
+codes that a file holds go in as they are. Besides the model itself there is never more than one matrix in float, and a table whose
+numbers lie in the file as they are used is not copied. screened: the model will be asked for most likely tokens, not for logits. Exits
+as source_open does.
 */
-UNUSED static void model_load_frozen(Model *m, const char *path, int precision) {
+UNUSED static void model_load_frozen(Model *m, const char *path, int precision, int screened) {
   ModelSource s;
-  size_t stage = LOAD_CHUNK_, widest = 0;
-  int half[2] = {1, 1};   // embedding, head
+  size_t most = load_chunk;
+  int forms[2] = {TABLE_HALF, TABLE_HALF};   // embedding, head
   source_open(&s, path);
-  if (s.c.dim > LOAD_CHUNK_) die(EXIT_USAGE, "%s: a width of %d is too much", path, s.c.dim);
-  float *host = (float *)xmalloc((size_t)LOAD_CHUNK_ * sizeof(float));
+  float *host = (float *)xmalloc(load_chunk * sizeof(float));
   for (int i = 0; i < s.table.count; i++) {
     const Tensor *t = &s.table.tensors[i];
-    if (t->flags & TERNARY && t->n > stage) stage = t->n;
-    if (s.tensors[i].ternary && t->n > widest) widest = t->n;
+    size_t floats = !(t->flags & TERNARY) ? (t->flags & EMBED ? t->shape[1] : t->n) : s.tensors[i].ternary ? 4 * t->shape[1] : t->n;
+    most = floats > most ? floats : most;
     if (!(t->flags & EMBED)) continue;
-    half[i > 0] = source_is_half(&s, i, host, LOAD_CHUNK_);
+    int half = source_is_half(&s, i, host, load_chunk), in_file = dev_reads_host() && source_in_file(&s, i, half ? 2 : 4);
+    forms[i > 0] = (half ? TABLE_HALF : 0) | (in_file ? TABLE_IN_FILE : 0);
     source_release(&s, i);
   }
-  if (s.c.tie_embeddings) half[1] = half[0];
-  model_open_frozen(m, &s.c, precision, half[0], half[1]);
-  float *device = (float *)dev_malloc(stage * sizeof(float));
-  if (device == NULL) die(EXIT_FAILED, "out of memory: %.1f MB to read a matrix", (double)(stage * sizeof(float)) / 1e6);
-  int8_t *codes = (int8_t *)xmalloc(widest);
+  free(host);
+  if (s.c.tie_embeddings) forms[1] = forms[0];
+  model_open_frozen(m, &s.c, precision, forms[0], forms[1] | (screened ? 0 : TABLE_UNSCREENED));
+  Stage_ st = stage_open_(most);
   for (int i = 0; i < m->table.count; i++) {
     const Tensor *t = &m->table.tensors[i];
-    int part;
-    if (t->flags & EMBED) {
-      load_rows_(i > 0 || s.c.tie_embeddings ? &m->head : &m->embed, &s, i, device, host);
-    } else if (!(t->flags & TERNARY)) {
-      load_floats_(m->params + t->offset, &s, i, host);
+    int part, is_head = i > 0 || s.c.tie_embeddings;
+    if (t->flags & EMBED && forms[is_head] & TABLE_IN_FILE) {
+      load_in_file_(is_head ? &m->head : &m->embed, is_head ? &m->head_file : &m->embed_file, &s, i);
+    } else if (t->flags & EMBED) {
+      load_rows_(is_head ? &m->head : &m->embed, &s, i, &st);
     } else if (s.tensors[i].ternary) {
-      float gamma = source_codes(&s, i, codes);
-      dev_copy_in(device, codes, t->n);
-      BitWeight *w = frozen_weight(m, i, &part);
-      weight_pack_codes(w, part, (const int8_t *)device, gamma);
+      load_codes_(m, &s, i, &st);
     } else {
-      load_floats_(device, &s, i, host);
-      BitWeight *w = frozen_weight(m, i, &part);
-      weight_pack(w, part, device);
+      source_floats(&s, i, st.host, 0, t->n);
+      if (t->flags & TERNARY) {
+        BitWeight *w = frozen_weight(m, i, &part);
+        weight_pack(w, part, (const float *)staged_(&st, t->n * sizeof(float)));
+      } else {
+        dev_copy_in(m->params + t->offset, st.host, t->n * sizeof(float));
+      }
     }
     source_release(&s, i);
   }
-  dev_free(device);
-  free(codes);
-  free(host);
+  if (s.c.tie_embeddings) m->embed = m->head;
+  stage_close_(&st);
   source_close(&s);
 }
 

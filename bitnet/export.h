@@ -96,7 +96,7 @@ UNUSED static void exporter_floats(Exporter *e, int i, float *out, size_t first,
 UNUSED static const int8_t *exporter_codes(Exporter *e, int i, float *gamma) {
   const Tensor *t = &e->table.tensors[i];
   if (e->at_codes != i && e->s->tensors[e->from[i]].ternary) {
-    e->gamma = source_codes(e->s, e->from[i], e->codes);
+    e->gamma = source_codes(e->s, e->from[i], e->codes, 0, t->shape[0]);
   } else if (e->at_codes != i) {
     BitWeight w;
     memset(&w, 0, sizeof w);

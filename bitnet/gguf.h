@@ -6,7 +6,8 @@ What it is:  a reader that maps a file into memory and believes nothing in it, t
 What not:    nothing here knows which tensors or keys a model has; source.h and modes/convert.h do. Versions 2 and 3, little-endian.
 Read before: bitnet/utils.h, bitnet/safetensors.h (16-bit floats).
 Defines:     GgufType, gguf_type_name; GgufKey, GgufTensor, Gguf, gguf_open, gguf_close, gguf_key, gguf_u64, gguf_f32, gguf_bool,
-             gguf_text, gguf_array_text, gguf_find, gguf_read, gguf_release; tq1_encode, tq2_encode, i2s_encode, q8_encode; GgufOut,
+             gguf_text, gguf_array_text, gguf_find, gguf_read, gguf_is_codes, gguf_codes, gguf_one_scale,
+             gguf_release; tq1_encode, tq2_encode, i2s_encode, q8_encode; GgufOut,
              gguf_put_*, gguf_write.
 
 A file:
@@ -21,6 +22,7 @@ A string is its length (u64) and its bytes. A matrix [out, in] has the dimension
 #ifndef BITNET_GGUF_H
 #define BITNET_GGUF_H
 
+#include "../quant.h"
 #include "safetensors.h"
 
 // ---------------------------------------------------------------------------------------------------------
@@ -403,24 +405,21 @@ UNUSED static int tq1_value_(unsigned byte) {
   return -1;
 }
 
-// codes (=) [256] of a block of TQ1_0 or TQ2_0. Returns 1, or 0 if a byte is none that an encoder writes.
-UNUSED static int tq_decode_(int8_t *codes, const unsigned char *p, int type) {
-  if (type == GGUF_TQ2_0) {
-    for (size_t i = 0; i < 256; i++) {
-      int c = p[i / 128 * 32 + i % 32] >> (2 * (i % 128 / 32)) & 3;
-      if (c == 3) return 0;
-      codes[i] = (int8_t)(c - 1);
-    }
-    return 1;
+// codes (=) [type->block] of a block of TQ1_0, TQ2_0 or I2_S. Returns 1, or 0 if a byte is none that an encoder writes.
+UNUSED static int ternary_block_(int8_t *codes, const unsigned char *p, int type) {
+  int ok = 1;
+  for (size_t i = 0; i < 256 && type == GGUF_TQ2_0; i += 32) {
+    ok &= codes_from_bits(codes + i, p + i / 128 * 32, 32, (int)(i % 128 / 16));
   }
-  for (size_t b = 0; b < 52; b++) {
+  for (size_t i = 0; i < 128 && type == GGUF_I2_S; i += 32) ok &= codes_from_bits(codes + i, p, 32, (int)(6 - i / 16));
+  for (size_t b = 0; b < 52 && type == GGUF_TQ1_0; b++) {
     size_t first, step, digits;
     int v = tq1_value_(p[b]), power = 81;
     tq1_place_(b, &first, &step, &digits);
     if (v < 0 || (digits == 4 && v % 3 != 0)) return 0;
     for (size_t d = 0; d < digits; d++, power /= 3) codes[first + d * step] = (int8_t)(v / power % 3 - 1);
   }
-  return 1;
+  return ok;
 }
 
 // The scale behind the codes. A block of zeros gets 0, as llama.cpp does it.
@@ -475,6 +474,19 @@ UNUSED static float gguf_half_(const unsigned char *p) {
   return f32_from_f16(h);
 }
 
+// 1 for the types whose blocks hold ternary codes and a scale.
+UNUSED static int gguf_is_codes(const GgufTensor *t) {
+  return t->type->id == GGUF_TQ1_0 || t->type->id == GGUF_TQ2_0 || t->type->id == GGUF_I2_S;
+}
+
+// The scale of block b of such a tensor; I2_S has one for all, behind them.
+UNUSED static float gguf_block_scale_(const Gguf *g, const GgufTensor *t, size_t b) {
+  float d;
+  if (t->type->id != GGUF_I2_S) return gguf_half_(g->map + t->begin + (b + 1) * t->type->bytes - 2);
+  memcpy(&d, g->map + t->begin + t->n / 4, 4);
+  return d;
+}
+
 // Block number b of a tensor: out (=) [block] floats.
 UNUSED static void gguf_read_block_(const Gguf *g, const GgufTensor *t, size_t b, float *out) {
   const unsigned char *p = g->map + t->begin + b * t->type->bytes;
@@ -499,18 +511,10 @@ UNUSED static void gguf_read_block_(const Gguf *g, const GgufTensor *t, size_t b
       low = gguf_half_(p + 2);
       for (int i = 0; i < 32; i++) out[i] = d * (float)(p[4 + i % 16] >> (i / 16 * 4) & 15) + low;
       break;
-    case GGUF_I2_S:
-      memcpy(&d, g->map + t->begin + t->n / 4, 4);
-      for (size_t j = 0; j < 128; j++) {
-        int c = p[j % 32] >> (6 - 2 * (j / 32)) & 3;
-        ok &= c != 3;
-        out[j] = d * (float)(c - 1);
-      }
-      break;
     default:
-      d = gguf_half_(p + t->type->bytes - 2);
-      ok = tq_decode_(codes, p, t->type->id);
-      for (size_t i = 0; i < 256 && ok; i++) out[i] = d * (float)codes[i];
+      d = gguf_block_scale_(g, t, b);
+      ok = ternary_block_(codes, p, t->type->id);
+      for (size_t i = 0; i < t->type->block && ok; i++) out[i] = d * (float)codes[i];
   }
   if (!ok)
     gguf_bad_(g, t->begin + b * t->type->bytes, "tensor %s: expected a block of %s, found bytes that no encoder writes", t->name,
@@ -535,10 +539,46 @@ UNUSED static void gguf_read(const Gguf *g, const GgufTensor *t, float *out, siz
   }
 }
 
+/*
+codes (=) [count]: the signs of values first .. first+count-1, whole blocks, of a tensor for which gguf_is_codes. Returns 1, or 0 if a
+block holds bytes that no encoder writes.
+*/
+UNUSED static int gguf_codes(const Gguf *g, const GgufTensor *t, int8_t *codes, size_t first, size_t count) {
+  size_t size = t->type->block;
+  int ok = 1;
+  for (size_t at = 0; at < count; at += size) {
+    size_t b = (first + at) / size;
+    float d = gguf_block_scale_(g, t, b);
+    ok &= ternary_block_(codes + at, g->map + t->begin + b * t->type->bytes, t->type->id);
+    for (size_t i = 0; i < size && !(d > 0); i++) codes[at + i] = (int8_t)(d < 0 ? -codes[at + i] : 0);
+  }
+  return ok;
+}
+
+/*
+1 if all values of such a tensor are -g, 0 or g; *gamma (=) g, 0 for zeros only. Scales decide it: those of blocks of zeros may be any
+number. Blocks that no encoder writes are left to whoever reads them.
+*/
+UNUSED static int gguf_one_scale(const Gguf *g, const GgufTensor *t, float *gamma) {
+  float top = 0;
+  for (size_t b = 0; b < t->n / t->type->block; b++) {
+    int8_t codes[GGUF_MAX_BLOCK];
+    float a = fabsf(gguf_block_scale_(g, t, b));
+    int any = 0;
+    if (!isfinite(a)) return 0;
+    if (a == top || a == 0) continue;
+    if (!ternary_block_(codes, g->map + t->begin + b * t->type->bytes, t->type->id)) continue;
+    for (size_t i = 0; i < t->type->block; i++) any |= codes[i];
+    if (any && top != 0) return 0;
+    if (any) top = a;
+  }
+  *gamma = top;
+  return 1;
+}
+
 // Gives the memory back that reading a tensor has filled.
 UNUSED static void gguf_release(const Gguf *g, const GgufTensor *t) {
-  size_t page = (size_t)sysconf(_SC_PAGESIZE), begin = (t->begin + page - 1) / page * page, end = (t->begin + t->bytes) / page * page;
-  if (begin < end) madvise((void *)(g->map + begin), end - begin, MADV_DONTNEED);
+  map_release(g->map + t->begin, g->map + t->begin + t->bytes);
 }
 
 // ---------------------------------------------------------------------------------------------------------

@@ -119,9 +119,8 @@ typedef struct {
   size_t total;
 } RunMemory;
 
-// What running this Config will take; half_embed, half_head: tables in bf16. Nothing is allocated on the device.
-UNUSED static RunMemory run_memory(const Config *c, int precision, int half_embed, int half_head, int sequences, int capacity,
-                                   int max_rows) {
+// What running this Config will take; embed, head: TABLE_*; a table in a file takes nothing. Nothing is allocated on the device.
+UNUSED static RunMemory run_memory(const Config *c, int precision, int embed, int head, int sequences, int capacity, int max_rows) {
   Model m;
   Session s;
   RunMemory out;
@@ -133,7 +132,7 @@ UNUSED static RunMemory run_memory(const Config *c, int precision, int half_embe
   m.precision = precision;
   build_table_(&m.table, c, 1);
   for (int l = 0; l < c->layers; l++) weights_layout_(&weights, &w, c, 1);
-  heads_layout_(&tables, &m, half_embed, half_head);
+  heads_layout_(&tables, &m, embed, head);
   session_shape_(&s, &m, sequences, capacity, max_rows);
   session_cache_layout_(&cache, &s);
   session_layout_(&rest, &s, 1);

@@ -8,8 +8,8 @@ What not:    no arithmetic (that is below bitnet/ops.h), no losses (losses.h wri
              from), no optimizer, no files.
 Read before: bitnet/ops.h; train_bitnet.c for what each operation computes.
 Defines:     Config, config_check; Tensor, Model, model_open, model_alloc_batch, model_alloc_training, model_free, model_quantize,
-             model_open_frozen, frozen_weight, model_embed, model_logits, Context, layer_forward, layer_backward, model_forward,
-             model_backward; Memory, model_memory.
+             TABLE_*, model_open_frozen, frozen_weight, model_embed, model_logits, Context, layer_forward, layer_backward,
+             model_forward, model_backward; Memory, model_memory.
 
 One block, with the names of the buffers (DESIGN of BitNet b1.58 with sub-norms):
 
@@ -265,6 +265,7 @@ typedef struct {
   int frozen;                // 1: only runs; see model_open_frozen
   Head embed, head;          // of a frozen model: embedding table and classifier, the same table when tied
   void *head_memory;
+  FilePart embed_file, head_file;   // of a frozen model: where its tables are those of its file
   // arenas, in device memory
   float *params;             // float master weights; of a frozen model norms and biases only
   float *grads, *m, *v;      // training only
@@ -313,22 +314,25 @@ static void weights_layout_(Arena *a, LayerWeights *w, const Config *c, int pack
   }
 }
 
-// Tables and screen of a frozen model; half_embed, half_head: stored as bf16.
-static void heads_layout_(Arena *a, Model *m, int half_embed, int half_head) {
+// What a table of a frozen model is: in bf16 or float, in memory of its own or left in its file; and whether it has a screen.
+enum { TABLE_HALF = 1, TABLE_IN_FILE = 2, TABLE_UNSCREENED = 4 };
+
+// Tables and screen of a frozen model; embed, head: TABLE_*.
+static void heads_layout_(Arena *a, Model *m, int embed, int head) {
   const Config *c = &m->c;
   m->embed.V = m->head.V = c->vocab;
   m->embed.C = m->head.C = c->dim;
   m->embed.precision = m->head.precision = m->precision;
-  m->head.half = half_head;
-  m->head.table = take_(a, head_table_bytes(c->vocab, c->dim, half_head));
-  size_t screen = head_screen_bytes(c->vocab, c->dim);
+  m->head.half = (head & TABLE_HALF) != 0;
+  m->head.table = head & TABLE_IN_FILE ? NULL : take_(a, head_table_bytes(c->vocab, c->dim, m->head.half));
+  size_t screen = head & TABLE_UNSCREENED ? 0 : head_screen_bytes(c->vocab, c->dim);
   m->head.screen = screen ? take_(a, screen) : NULL;
   if (c->tie_embeddings) {
     m->embed = m->head;
     return;
   }
-  m->embed.half = half_embed;
-  m->embed.table = take_(a, head_table_bytes(c->vocab, c->dim, half_embed));
+  m->embed.half = (embed & TABLE_HALF) != 0;
+  m->embed.table = embed & TABLE_IN_FILE ? NULL : take_(a, head_table_bytes(c->vocab, c->dim, m->embed.half));
 }
 
 static size_t larger_(size_t a, size_t b) {
@@ -515,19 +519,19 @@ UNUSED static void model_open(Model *m, const Config *c, int precision) {
 
 /*
 Builds a model that only runs, at lambda = 1, in about a sixteenth of the memory; act_bits must not be 0. Its matrices are still to be
-packed (frozen_weight tells where), its tables filled with head_rows, its norms and biases copied to params. half_embed, half_head: the
-tables are kept in bf16, for models whose values are bf16 numbers; a tied table is the head's. A frozen model takes part in
-model_forward, but it has no gradients.
+packed (frozen_weight tells where), its tables filled with head_rows, its norms and biases copied to params. embed, head: TABLE_*; bf16
+is for models whose values are bf16 numbers, a table in a file still has to be set, and a tied table is the head's. A frozen model
+takes part in model_forward, but it has no gradients.
 */
-UNUSED static void model_open_frozen(Model *m, const Config *c, int precision, int half_embed, int half_head) {
+UNUSED static void model_open_frozen(Model *m, const Config *c, int precision, int embed, int head) {
   if (c->act_bits == 0)
     die(EXIT_USAGE, "a model with act_bits=0 has float activations; only int8 and int4 ones run on packed weights");
   open_model_parts_(m, c, precision, 1);
   Arena count = {NULL, 0}, arena = {NULL, 0};
-  heads_layout_(&count, m, half_embed, half_head);
+  heads_layout_(&count, m, embed, head);
   m->head_memory = device_memory_(count.used, "the embedding table");
   arena.base = (char *)m->head_memory;
-  heads_layout_(&arena, m, half_embed, half_head);
+  heads_layout_(&arena, m, embed, head);
   model_reserve_scratch(c, 1);
   m->lambda = 1;
 }
@@ -600,6 +604,8 @@ UNUSED static void model_free(Model *m) {
   dev_free(m->segments);
   dev_free(m->weights_memory);
   dev_free(m->head_memory);
+  file_part_close(&m->embed_file);
+  file_part_close(&m->head_file);
   dev_free(m->cossin);
   dev_free(m->acts_memory);
   free(m->weights);

@@ -78,7 +78,7 @@ typedef struct {
   int V, C;
   int half;            // 1: the table is bf16, 0: float
   int precision;       // PRECISION_*: what both operands of the classifier are rounded to
-  void *table;         // [V,C], head_table_bytes(V, C, half) bytes
+  void *table;         // [V,C], head_table_bytes(V, C, half) bytes; where dev_reads_host() is 1, also memory of the host
   void *screen;        // head_screen_bytes(V, C) bytes, zeroed; or NULL: head_argmax computes all logits
 } Head;
 
@@ -99,6 +99,10 @@ void dev_copy_in(void *dst, const void *src, size_t bytes);    // host -> device
 void dev_copy_out(void *dst, const void *src, size_t bytes);   // device -> host; waits for all work before it
 // Reads all of this memory once, as fast as it can be read, and returns when it is done: the yardstick of decoding.
 void dev_read(const void *p, size_t bytes);
+// 1 where ops can read memory of the host, such as a file that is mapped into memory, so that it need not be copied.
+int dev_reads_host(void);
+// Work of the host that needs no op (reading files): calls work(ctx, i) for 0 <= i < n on all cores, in any order.
+void host_parallel(int n, void (*work)(void *ctx, int i), void *ctx);
 // floatX on the device <-> float on the host, n elements. For tests, dumps and the sampler.
 void dev_floatx_in(floatX *dst, const float *src, size_t n);
 void dev_floatx_out(float *dst, const floatX *src, size_t n);
@@ -165,9 +169,10 @@ size_t bitweight_bytes(int N, int K);
 void weight_quantize(BitWeight *w, const float *master, float lambda);
 // The form for inference: about 2 bits a weight, lambda = 1 for good. Products give the bits of weight_quantize at lambda = 1.
 size_t bitweight_packed_bytes(int N, int K);
-// Logical matrix `part` of w (zeroed memory) from its master weights [parts[part],K], or from codes and a scale. Any order, each once.
+// Logical matrix `part` of w (zeroed memory) from its master weights [parts[part],K], or its rows first .. first+rows-1 from codes
+// [rows,K] and the scale of the matrix. Any order, each once.
 void weight_pack(BitWeight *w, int part, const float *master);
-void weight_pack_codes(BitWeight *w, int part, const int8_t *codes, float gamma);
+void weight_pack_codes(BitWeight *w, int part, const int8_t *codes, int first, int rows, float gamma);
 // codes (=) [N,K] int8 in {-1,0,1}, device memory, of a BitWeight at lambda = 1: for export, statistics and tests
 void bitweight_codes(int8_t *codes, const BitWeight *w);
 // How training moves the codes: codes [rows,K] (int8, device memory) hold those of an earlier moment and become (=) those of
@@ -190,6 +195,8 @@ size_t head_screen_bytes(int V, int C);
 size_t head_scratch_bytes(int V, int C);
 // Rows first .. first+n-1 of the table and its screen (=) from floats [n,C]. Where half is 1 they must be bf16 numbers.
 void head_rows(Head *h, const float *rows, int first, int n);
+// Their screen (=) alone, if there is one, from a table that is complete.
+void head_screen(Head *h, int first, int n);
 // out (=) [R,C]
 void head_embedding(floatX *out, const int *tokens, const Head *h, int R);
 // logits (=) [R,V]: what linear_forward computes from the same table at this precision

@@ -381,9 +381,7 @@ UNUSED static void st_read_f32(const StFile *f, const StTensor *t, float *out, s
 
 // Gives the memory back that reading a tensor has filled; it can be read again, from the file.
 UNUSED static void st_release(const StFile *f, const StTensor *t) {
-  size_t page = (size_t)sysconf(_SC_PAGESIZE), begin = (f->data_at + t->begin + page - 1) / page * page,
-         end = (f->data_at + t->end) / page * page;
-  if (begin < end) madvise((void *)(f->map + begin), end - begin, MADV_DONTNEED);
+  map_release(st_data(f, t), st_data(f, t) + (t->end - t->begin));
 }
 
 // ---------------------------------------------------------------------------------------------------------

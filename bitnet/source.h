@@ -8,7 +8,7 @@ What not:    no memory of a model and no device (checkpoint.h fills those); the 
              llama2c.h.
 Read before: bitnet/model.h (the tensor table), bitnet/safetensors.h, bitnet/gguf.h, bitnet/llama2c.h.
 Defines:     config_read; gguf_name, rope_factors; ModelSource, SourceTensor, source_open, source_close, source_floats, source_codes,
-             source_master, source_is_half, source_release.
+             source_rows_apart, source_master, source_is_half, source_in_file, source_map, source_check_finite, source_release.
 
 What differs between the formats:
 
@@ -705,6 +705,7 @@ static void source_refuse_surplus_(const ModelSource *s) {
 // 1 if a matrix has only the values -g, 0 and g; *g becomes it. Real float matrices end the search within a few values.
 static int source_is_ternary_(const Gguf *g, const GgufTensor *t, float *gamma) {
   float x[SOURCE_CHUNK_], top = 0;
+  if (gguf_is_codes(t)) return gguf_one_scale(g, t, gamma);
   for (size_t first = 0; first < t->n; first += SOURCE_CHUNK_) {
     size_t n = t->n - first < SOURCE_CHUNK_ ? t->n - first : SOURCE_CHUNK_;
     gguf_read(g, t, x, first, n);
@@ -739,8 +740,16 @@ static void source_resolve_gguf_(const ModelSource *s, SourceTensor *x, unsigned
     gguf_read(g, one, &x->factor, 0, 1);
     used[one - g->tensors] = 1;
   }
-  x->ternary = source_is_ternary_(g, x->gguf, &x->gamma);
+}
+
+// The rest of it for matrix i of the table: whether it is ternary. It reads all of a ternary matrix.
+static void source_resolve_codes_(void *source, int i) {
+  const ModelSource *s = (const ModelSource *)source;
+  SourceTensor *x = &s->tensors[i];
+  if (!(x->t->flags & TERNARY)) return;
+  x->ternary = source_is_ternary_(&s->gguf, x->gguf, &x->gamma);
   x->gamma *= x->factor;
+  gguf_release(&s->gguf, x->gguf);
 }
 
 static void source_resolve_llama2c_(const ModelSource *s, SourceTensor *x) {
@@ -802,6 +811,7 @@ UNUSED static void source_open(ModelSource *s, const char *path) {
     else source_resolve_llama2c_(s, x);
   }
   if (s->kind == SOURCE_HF) source_refuse_surplus_(s);
+  if (s->kind == SOURCE_GGUF) host_parallel(s->table.count, source_resolve_codes_, s);
   for (size_t i = 0; i < s->gguf.n_tensors; i++) {
     const char *name = s->gguf.tensors[i].name;
     int spare = strcmp(name, "rope_freqs.weight") == 0 || (s->c.tie_embeddings && strcmp(name, "output.weight") == 0);
@@ -813,26 +823,33 @@ UNUSED static void source_open(ModelSource *s, const char *path) {
 // ---------------------------------------------------------------------------------------------------------
 // Reading.
 
-// Codes first .. first+n-1 of a tensor that holds them in one row. Exit 3 for a byte or bits that stand for none.
-static void source_row_codes_(const ModelSource *s, const SourceTensor *x, int8_t *codes, size_t first, size_t n) {
+// Codes first .. first+n-1 of a tensor that holds them in one row. Returns n, or how many came before a byte or bits that stand for
+// none.
+static size_t source_row_codes_(const ModelSource *s, const SourceTensor *x, int8_t *codes, size_t first, size_t n) {
   static const int powers[5] = {1, 3, 9, 27, 81};
   const unsigned char *p = st_data(x->file, x->st);
   for (size_t k = 0; k < n; k++) {
     size_t at = first + k;
     int trits = s->form.packed == PACKED_TRITS, byte = p[at / (trits ? 5 : 4)];
     int code = trits ? byte / powers[at % 5] % 3 - 1 : (byte >> (6 - 2 * (at % 4)) & 3) - 1;
-    if (trits ? byte > 242 : code == 2)
-      die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: expected codes, found the byte %d", x->file->path, x->st->name,
-          x->file->data_at + x->st->begin + at / (trits ? 5 : 4), byte);
+    if (trits ? byte > 242 : code == 2) return k;
     codes[k] = (int8_t)code;
   }
+  return n;
+}
+
+// Exits with 3 for value `at` of a tensor that source_row_codes_ stopped at.
+static void source_bad_row_(const ModelSource *s, const SourceTensor *x, size_t at) {
+  size_t place = at / (s->form.packed == PACKED_TRITS ? 5 : 4);
+  die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: expected codes, found the byte %d", x->file->path, x->st->name,
+      x->file->data_at + x->st->begin + place, st_data(x->file, x->st)[place]);
 }
 
 // Floats as they lie in the file, before rows are reordered.
 static void source_raw_(const ModelSource *s, const SourceTensor *x, float *out, size_t first, size_t n) {
   int8_t code;
   for (size_t i = 0; i < n && x->row; i++) {
-    source_row_codes_(s, x, &code, first + i, 1);
+    if (!source_row_codes_(s, x, &code, first + i, 1)) source_bad_row_(s, x, first + i);
     out[i] = x->gamma * (float)code;
   }
   if (x->row) return;
@@ -849,49 +866,142 @@ static size_t source_offset_(const ModelSource *s, const SourceTensor *x) {
   return x->gguf ? x->gguf->begin : x->part >= 0 ? llama2c_place(&s->bin, x->part, x->layer) : 0;
 }
 
-// Elements first .. first+n-1 of tensor i of the table as floats, for one that is not ternary. Exit 3 for a value that is not finite.
-UNUSED static void source_floats(const ModelSource *s, int i, float *out, size_t first, size_t n) {
-  const SourceTensor *x = &s->tensors[i];
-  size_t cols = x->t->shape[1], hs = (size_t)s->c.head_dim;
-  if (!x->paired) source_raw_(s, x, out, first, n);
+// The first of n numbers that is not finite, or n. Numbers are looked at together until some are not: that is much faster.
+static size_t source_infinite_(const float *x, size_t n) {
+  enum { TOGETHER = 1024 };
+  for (size_t first = 0; first < n; first += TOGETHER) {
+    size_t end = n - first < TOGETHER ? n : first + TOGETHER;
+    uint32_t most = 0;
+    for (size_t k = first; k < end; k++) {
+      uint32_t bits;
+      memcpy(&bits, &x[k], 4);
+      bits &= 0x7F800000u;
+      most = bits > most ? bits : most;
+    }
+    for (size_t k = first; k < end && most == 0x7F800000u; k++) {
+      if (!isfinite(x[k])) return k;
+    }
+  }
+  return n;
+}
+
+// Work on a tensor in pieces of equal size; each counts what it finds wrong.
+typedef struct {
+  const ModelSource *s;
+  const SourceTensor *x;
+  void *out;             // of what begins at `first`: floats, or codes
+  const void *in;
+  size_t first, n, piece;
+  int found[64];         // [pieces]
+} SourceJob_;
+
+// Runs a job in pieces of at least `least`. Returns 1 if no piece has found anything.
+static int source_work_(SourceJob_ *job, size_t least, void (*work)(void *ctx, int i)) {
+  size_t most = ARRAY_LEN(job->found), units = (job->n + least - 1) / least;
+  job->piece = (units + most - 1) / most * least;
+  int pieces = job->piece ? (int)((job->n + job->piece - 1) / job->piece) : 0, found = 0;
+  memset(job->found, 0, sizeof job->found);
+  host_parallel(pieces, work, job);
+  for (int i = 0; i < pieces; i++) found |= job->found[i];
+  return !found;
+}
+
+// Piece i of a job: its first element behind `first`, and how many it has.
+static size_t source_piece_(const SourceJob_ *job, int i, size_t *n) {
+  size_t at = (size_t)i * job->piece;
+  *n = job->n - at < job->piece ? job->n - at : job->piece;
+  return at;
+}
+
+static void source_floats_piece_(void *ctx, int i) {
+  SourceJob_ *job = (SourceJob_ *)ctx;
+  const SourceTensor *x = job->x;
+  size_t n, at = source_piece_(job, i, &n), cols = x->t->shape[1], hs = (size_t)job->s->c.head_dim;
+  float *out = (float *)job->out + at;
+  if (!x->paired) source_raw_(job->s, x, out, job->first + at, n);
   for (size_t k = 0; k < n && x->paired;) {
-    size_t row = (first + k) / cols, skip = (first + k) % cols, take = cols - skip < n - k ? cols - skip : n - k;
-    source_raw_(s, x, out + k, paired_row_(row, hs) * cols + skip, take);
+    size_t row = (job->first + at + k) / cols, skip = (job->first + at + k) % cols, take = cols - skip < n - k ? cols - skip : n - k;
+    source_raw_(job->s, x, out + k, paired_row_(row, hs) * cols + skip, take);
     k += take;
   }
-  for (size_t k = 0; k < n; k++) {
-    if (!isfinite(out[k]))
-      die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: element %zu: expected a finite number, found %g", s->path, x->t->name,
-          source_offset_(s, x), first + k, (double)out[k]);
+  job->found[i] = source_infinite_(out, n) < n;
+}
+
+// Exits with 3: element k of a tensor is not finite.
+static void source_not_finite_(const ModelSource *s, const SourceTensor *x, size_t k, float value) {
+  die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: element %zu: expected a finite number, found %g", s->path, x->t->name,
+      source_offset_(s, x), k, (double)value);
+}
+
+enum { SOURCE_PIECE_ = 1 << 15 };   // values that a thread should get at least
+
+// Elements first .. first+n-1 of tensor i of the table as floats, for one that is not ternary. Exit 3 for a value that is not finite.
+UNUSED static void source_floats(const ModelSource *s, int i, float *out, size_t first, size_t n) {
+  SourceJob_ job = {s, &s->tensors[i], out, NULL, first, n, 0, {0}};
+  // Readers that stop at damage say so at once: one thread, one message.
+  int alone = job.x->row || s->kind == SOURCE_LLAMA2C || (job.x->gguf && gguf_is_codes(job.x->gguf));
+  if (!source_work_(&job, alone && n > 0 ? n : (size_t)SOURCE_PIECE_, source_floats_piece_)) {
+    size_t k = source_infinite_(out, n);
+    source_not_finite_(s, job.x, first + k, out[k]);
   }
 }
 
-// All codes of ternary tensor i: codes (=) [n]. Returns the scale that they are multiplied with.
-UNUSED static float source_codes(const ModelSource *s, int i, int8_t *codes) {
+// codes (=) of one row of a ternary tensor. Returns 1, or 0 if the file holds something else there.
+static int source_code_row_(const ModelSource *s, const SourceTensor *x, int8_t *codes, size_t r) {
+  size_t cols = x->t->shape[1], from = (x->paired ? paired_row_(r, (size_t)s->c.head_dim) : r) * cols;
+  float values[SOURCE_CHUNK_];
+  if (x->row) return source_row_codes_(s, x, codes, r * cols, cols) == cols;
+  if (x->st) return unpack4_row(codes, st_data(x->file, x->st), x->t->shape[0], cols, r);
+  if (gguf_is_codes(x->gguf)) return gguf_codes(&s->gguf, x->gguf, codes, from, cols);
+  for (size_t k = 0; k < cols; k += SOURCE_CHUNK_) {
+    size_t n = cols - k < SOURCE_CHUNK_ ? cols - k : SOURCE_CHUNK_;
+    gguf_read(&s->gguf, x->gguf, values, from + k, n);
+    for (size_t j = 0; j < n; j++) codes[k + j] = (int8_t)((values[j] > 0) - (values[j] < 0));
+  }
+  return 1;
+}
+
+static void source_codes_piece_(void *ctx, int i) {
+  SourceJob_ *job = (SourceJob_ *)ctx;
+  size_t n, at = source_piece_(job, i, &n), cols = job->x->t->shape[1];
+  for (size_t r = at; r < at + n; r++) {
+    job->found[i] |= !source_code_row_(job->s, job->x, (int8_t *)job->out + r * cols, job->first + r);
+  }
+}
+
+// Exits with 3: some of the rows hold what stands for no codes. codes: [cols] of scratch.
+static void source_bad_codes_(const ModelSource *s, const SourceTensor *x, int8_t *codes, size_t first, size_t rows) {
+  size_t cols = x->t->shape[1];
+  float values[SOURCE_CHUNK_];
+  for (size_t k = first * cols; k < (first + rows) * cols && x->row; k++) {
+    if (!source_row_codes_(s, x, codes, k, 1)) source_bad_row_(s, x, k);
+  }
+  for (size_t r = first; r < first + rows && x->gguf; r++) {   // its reader names the block
+    size_t from = (x->paired ? paired_row_(r, (size_t)s->c.head_dim) : r) * cols;
+    for (size_t k = 0; k < cols; k += SOURCE_CHUNK_)
+      gguf_read(&s->gguf, x->gguf, values, from + k, cols - k < SOURCE_CHUNK_ ? cols - k : SOURCE_CHUNK_);
+  }
+  die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: expected the codes 0, 1 and 2, found a 3", x->file->path, x->t->name,
+      source_offset_(s, x));
+}
+
+// How far apart rows of tensor i lie that share bytes of the file; the number of rows if none do. Reading them one after the other
+// reads memory once.
+UNUSED static size_t source_rows_apart(const ModelSource *s, int i) {
   const SourceTensor *x = &s->tensors[i];
-  size_t rows = x->t->shape[0], cols = x->t->shape[1], hs = (size_t)s->c.head_dim;
-  float gamma = x->gamma, values[SOURCE_CHUNK_];
-  if (x->row) {
-    source_row_codes_(s, x, codes, 0, rows * cols);
-    return gamma;
-  }
-  if (x->st) {
-    if (!unpack4(codes, st_data(x->file, x->st), rows, cols))
-      die(EXIT_DAMAGED, "%s: tensor %s at offset %zu: expected the codes 0, 1 and 2, found a 3", x->file->path, x->t->name,
-          source_offset_(s, x));
-    return gamma;
-  }
-  for (size_t r = 0; r < rows; r++) {
-    size_t from = (x->paired ? paired_row_(r, hs) : r) * cols;
-    if (!x->gguf) {
-      gamma = llama2c_codes(&s->bin, x->part, x->layer, codes + r * cols, from, cols);
-      continue;
-    }
-    for (size_t k = 0; k < cols; k += SOURCE_CHUNK_) {
-      size_t n = cols - k < SOURCE_CHUNK_ ? cols - k : SOURCE_CHUNK_;
-      gguf_read(&s->gguf, x->gguf, values, from + k, n);
-      for (size_t j = 0; j < n; j++) codes[r * cols + k + j] = (int8_t)((values[j] > 0) - (values[j] < 0));
-    }
+  return x->t->shape[0] / (x->st && x->ternary && !x->row ? 4 : 1);
+}
+
+// Codes of rows first .. first+rows-1 of ternary tensor i: codes (=) [rows,cols]. Returns the scale that they are multiplied with.
+UNUSED static float source_codes(const ModelSource *s, int i, int8_t *codes, size_t first, size_t rows) {
+  const SourceTensor *x = &s->tensors[i];
+  size_t cols = x->t->shape[1], hs = (size_t)s->c.head_dim;
+  SourceJob_ job = {s, x, codes, NULL, first, rows, 0, {0}};
+  float gamma = x->gamma;
+  if (s->kind != SOURCE_LLAMA2C && !source_work_(&job, 16, source_codes_piece_)) source_bad_codes_(s, x, codes, first, rows);
+  for (size_t r = 0; r < rows && s->kind == SOURCE_LLAMA2C; r++) {
+    size_t from = (x->paired ? paired_row_(first + r, hs) : first + r) * cols;
+    gamma = llama2c_codes(&s->bin, x->part, x->layer, codes + r * cols, from, cols);
   }
   return gamma;
 }
@@ -903,7 +1013,7 @@ scratch.
 */
 UNUSED static void source_master(const ModelSource *s, int i, float *out, int8_t *codes) {
   size_t n = s->tensors[i].t->n, ones = 0;
-  float gamma = source_codes(s, i, codes);
+  float gamma = source_codes(s, i, codes, 0, s->tensors[i].t->shape[0]);
   for (size_t k = 0; k < n; k++) ones += codes[k] != 0;
   float size = ones ? (float)((double)gamma * (double)n / (double)ones) : 0;
   for (size_t k = 0; k < n; k++) out[k] = size * (float)codes[k];
@@ -915,12 +1025,61 @@ UNUSED static int source_is_half(const ModelSource *s, int i, float *scratch, si
   if ((x->st && x->st->dtype == ST_BF16) || (x->gguf && x->gguf->type->id == GGUF_BF16)) return 1;
   for (size_t first = 0; first < x->t->n; first += cap) {
     size_t n = x->t->n - first < cap ? x->t->n - first : cap;
+    uint32_t lost = 0;   // what bf16 has no room for
     source_floats(s, i, scratch, first, n);
     for (size_t k = 0; k < n; k++) {
-      if (f32_from_bf16(bf16_from_f32(scratch[k])) != scratch[k]) return 0;
+      uint32_t bits;
+      memcpy(&bits, &scratch[k], 4);
+      lost |= bits & 0xFFFFu;
     }
+    if (lost) return 0;
   }
   return 1;
+}
+
+// 1 if tensor i lies in the file as `size` bytes a value (2: bf16, 4: float) that can be used there.
+UNUSED static int source_in_file(const ModelSource *s, int i, size_t size) {
+  const SourceTensor *x = &s->tensors[i];
+  int half = size == sizeof(uint16_t), known = 0;
+  if (x->st) known = !x->row && x->st->dtype == (half ? ST_BF16 : ST_F32);
+  else if (x->gguf) known = x->gguf->type->id == (half ? GGUF_BF16 : GGUF_F32) && x->factor == 1;
+  return known && !x->paired && source_offset_(s, x) % size == 0;
+}
+
+// Maps such a tensor; part stays valid when the source is closed.
+UNUSED static void source_map(const ModelSource *s, int i, FilePart *part) {
+  const SourceTensor *x = &s->tensors[i];
+  if (x->st) file_part_open(part, x->file->path, x->file->map_bytes, source_offset_(s, x), x->st->end - x->st->begin);
+  else file_part_open(part, s->gguf.path, s->gguf.map_bytes, source_offset_(s, x), x->gguf->bytes);
+}
+
+static void source_finite_piece_(void *ctx, int i) {
+  SourceJob_ *job = (SourceJob_ *)ctx;
+  size_t n, at = source_piece_(job, i, &n);
+  const uint16_t *half = (const uint16_t *)job->in + job->first + at;
+  uint16_t most = 0;
+  for (size_t k = 0; k < n; k++) {
+    uint16_t bits = half[k] & 0x7F80;
+    most = bits > most ? bits : most;
+  }
+  job->found[i] = most == 0x7F80;
+}
+
+static void source_finite_floats_(void *ctx, int i) {
+  SourceJob_ *job = (SourceJob_ *)ctx;
+  size_t n, at = source_piece_(job, i, &n);
+  job->found[i] = source_infinite_((const float *)job->in + job->first + at, n) < n;
+}
+
+// Exits with 3 unless elements first .. first+n-1 of a mapped tensor, `size` bytes each, are finite.
+UNUSED static void source_check_finite(const ModelSource *s, int i, const FilePart *part, size_t size, size_t first, size_t n) {
+  SourceJob_ job = {s, &s->tensors[i], NULL, part->data, first, n, 0, {0}};
+  int half = size == sizeof(uint16_t);
+  if (source_work_(&job, SOURCE_PIECE_, half ? source_finite_piece_ : source_finite_floats_)) return;
+  for (size_t k = first; k < first + n; k++) {
+    float value = half ? f32_from_bf16(((const uint16_t *)part->data)[k]) : ((const float *)part->data)[k];
+    if (!isfinite(value)) source_not_finite_(s, job.x, k, value);
+  }
 }
 
 // Gives the memory back that reading a tensor has filled.

@@ -6,8 +6,8 @@ What it is:  error exits, checked memory, the counter-based random numbers, time
 What not:    nothing here knows about models, tensors or devices.
 Read before: nothing; this is the bottom of the house.
 Defines:     die, die_at, EXIT_USAGE, EXIT_DAMAGED; xmalloc, xcalloc, xrealloc, xstrdup, alloc_guard;
-             rng_u64, rng_uniform, rng_normal, rng_below; time_now; StrBuf; read_file, map_file, make_dirs,
-             SafeFile (temporary name -> fsync -> rename), hash_bytes, crc32_bytes, nearest_name.
+             rng_u64, rng_uniform, rng_normal, rng_below; time_now; StrBuf; read_file, map_file, FilePart, map_release,
+             make_dirs, SafeFile (temporary name -> fsync -> rename), hash_bytes, crc32_bytes, nearest_name.
 */
 #ifndef BITNET_UTILS_H
 #define BITNET_UTILS_H
@@ -306,6 +306,43 @@ UNUSED static const unsigned char *map_file(const char *path, size_t *bytes, siz
   if (map == MAP_FAILED) die(EXIT_FAILED, "cannot map %s: %s", path, strerror(errno));
   close(fd);   // the mapping stays
   return (const unsigned char *)map;
+}
+
+// Some bytes of a file in memory, for as long as they are used in place of a copy of them.
+typedef struct {
+  const unsigned char *data;
+  size_t bytes;
+  void *map;          // whole pages
+  size_t map_bytes;
+} FilePart;
+
+// Maps bytes at .. at+bytes-1 of a file that had file_bytes when it was opened before. Exit 3 if it has not any more.
+UNUSED static void file_part_open(FilePart *p, const char *path, size_t file_bytes, size_t at, size_t bytes) {
+  struct stat st;
+  size_t page = (size_t)sysconf(_SC_PAGESIZE), begin = at / page * page;
+  int fd = open(path, O_RDONLY);
+  if (fd < 0 || fstat(fd, &st) != 0) die(EXIT_USAGE, "cannot read %s: %s", path, strerror(errno));
+  if ((uint64_t)st.st_size != file_bytes)
+    die(EXIT_DAMAGED, "%s: expected %zu bytes as before, found %lld; it was changed while it was read", path, file_bytes,
+        (long long)st.st_size);
+  p->map_bytes = at - begin + bytes;
+  p->map = mmap(NULL, p->map_bytes, PROT_READ, MAP_PRIVATE, fd, (off_t)begin);
+  if (p->map == MAP_FAILED) die(EXIT_FAILED, "cannot map %s: %s", path, strerror(errno));
+  close(fd);
+  p->data = (const unsigned char *)p->map + (at - begin);
+  p->bytes = bytes;
+}
+
+UNUSED static void file_part_close(FilePart *p) {
+  if (p->map) munmap(p->map, p->map_bytes);
+  memset(p, 0, sizeof *p);
+}
+
+// Gives back the memory of the pages that lie in bytes [begin, end) of a mapping; they can be read again, from the file.
+UNUSED static void map_release(const unsigned char *begin, const unsigned char *end) {
+  uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = ((uintptr_t)begin + page - 1) / page * page;
+  uintptr_t last = (uintptr_t)end / page * page;
+  if (first < last) madvise((void *)first, last - first, MADV_DONTNEED);
 }
 
 /*

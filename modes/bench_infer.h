@@ -41,7 +41,7 @@ static void bi_fill_(Model *m, uint64_t seed) {
         for (size_t j = k; j < k + 20 && j < t->n; j++, draw /= 3) host[j] = (int8_t)((int)(draw % 3) - 1);
       }
       dev_copy_in(device, host, t->n);
-      weight_pack_codes(w, part, device, 0.02f);
+      weight_pack_codes(w, part, device, 0, (int)t->shape[0], 0.02f);
     } else if (t->flags & EMBED) {
       float unit = c->init_std / 32768.0f / 1.1547f;
       for (size_t v = 0; v < (size_t)c->vocab; v += step) {

@@ -175,7 +175,7 @@ UNUSED static void mode_chat(Options *o) {
   ssize_t len;
   int tty = isatty(0);
   memset(&c, 0, sizeof c);
-  speaker_open(&c.speaker, o, (float)o->lambda);
+  speaker_open(&c.speaker, o, (float)o->lambda, o->temperature <= 0);
   int max_seq = c.speaker.m.c.max_seq;
   session_open(&c.session, &c.speaker.m, 1, max_seq, max_seq < 256 ? max_seq : 256, c.speaker.m.frozen);
   c.template_ = o->chat_template == TEMPLATE_AUTO ? template_of_(&c.speaker.tok) : o->chat_template;

@@ -241,7 +241,7 @@ static void convert_packed_(Model *m, Exporter *e, int precision) {
     if (t->flags & TERNARY) {
       dev_copy_in(device, exporter_codes(e, i, &gamma), t->n);
       BitWeight *w = frozen_weight(m, i, &part);
-      weight_pack_codes(w, part, (const int8_t *)device, gamma);
+      weight_pack_codes(w, part, (const int8_t *)device, 0, (int)t->shape[0], gamma);
       continue;
     }
     exporter_floats(e, i, host, 0, t->n);
@@ -444,7 +444,7 @@ UNUSED static void mode_convert(Options *o) {
       loss[1] = convert_loss_(&m, &text);
       model_free(&m);
     }
-    load_to_run(&m, place, o->precision, (float)o->lambda);
+    load_to_run(&m, place, o->precision, (float)o->lambda, 0);
     loss[2] = convert_loss_(&m, &text);
     model_free(&m);
     printf("loss on %s: before %.6f", o->file, loss[0]);

@@ -208,7 +208,7 @@ UNUSED static void mode_eval(Options *o) {
   StrBuf samples = {NULL, 0, 0};
   checkpoint_path(dir, sizeof dir, o->dir);
   checkpoint_options(o, dir);
-  load_to_run(&m, dir, o->precision, (float)o->lambda);
+  load_to_run(&m, dir, o->precision, (float)o->lambda, 0);
   checkpoint_tokenizer(&tok, dir);
   int T = o->seq_len > 0 && o->seq_len < m.c.max_seq ? o->seq_len : m.c.max_seq;
   int rows = options_is_set(o, "batch_size") == FROM_USER ? o->batch_size : is_arithmetic(o) ? 128 : 8;

@@ -144,7 +144,7 @@ static QaScore *qa_model_(const Options *o, char *dir, const QaSet *set, size_t 
   QaScore *scores = (QaScore *)xcalloc(n, sizeof(QaScore));
   size_t len = 0;
   copy.dir = dir;
-  speaker_open(&speaker, &copy, (float)o->lambda);
+  speaker_open(&speaker, &copy, (float)o->lambda, o->temperature <= 0);
   if (o->qa_template == QA_CHATML && template_of_(&speaker.tok) != TEMPLATE_CHATML)
     die(EXIT_USAGE, "qa_template=chatml: the tokenizer of %s has no <|im_start|> and <|im_end|>", dir);
   if (is_file(o->second_prompt)) {

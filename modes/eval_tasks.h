@@ -728,7 +728,7 @@ UNUSED static void mode_eval_task(Options *o) {
   memset(&set, 0, sizeof set);
   if (o->file[0] == 0) die(EXIT_USAGE, "task=%s needs file=FILE.jsonl, its records", option_choice_name("task", o->task));
   examples_open_(&examples, o);
-  speaker_open(&s, o, (float)o->lambda);
+  speaker_open(&s, o, (float)o->lambda, 0);
   if (s.tok.vocab_size > s.m.c.vocab)
     die(EXIT_DAMAGED, "%s: the tokenizer has %d tokens, the model only %d", o->dir, s.tok.vocab_size, s.m.c.vocab);
   double t0 = time_now();

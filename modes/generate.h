@@ -27,12 +27,12 @@ UNUSED static Sampler sampler_from_options(const Options *o) {
   return s;
 }
 
-// Loads a model to be run at lambda: packed where it is the ternary one, else with its float weights.
-UNUSED static void load_to_run(Model *m, const char *dir, int precision, float lambda) {
+// Loads a model to be run at lambda: packed where it is the ternary one, else with its float weights. screened: see model_load_frozen.
+UNUSED static void load_to_run(Model *m, const char *dir, int precision, float lambda, int screened) {
   Config c;
   config_read(&c, dir);
   if (lambda == 1.0f && c.act_bits > 0) {
-    model_load_frozen(m, dir, precision);
+    model_load_frozen(m, dir, precision, screened);
   } else {
     int codes = model_load(m, dir, precision);
     if (codes > 0 && lambda != 1.0f)
@@ -42,12 +42,12 @@ UNUSED static void load_to_run(Model *m, const char *dir, int precision, float l
   }
 }
 
-// Loads o->dir with its tokenizer, to be run at lambda.
-UNUSED static void speaker_open(Speaker *s, const Options *o, float lambda) {
+// Loads o->dir with its tokenizer, to be run at lambda. screened: see model_load_frozen.
+UNUSED static void speaker_open(Speaker *s, const Options *o, float lambda, int screened) {
   char dir[4096];
   checkpoint_path(dir, sizeof dir, o->dir);
-  load_to_run(&s->m, dir, o->precision, lambda);
-  checkpoint_tokenizer(&s->tok, dir);
+  checkpoint_tokenizer(&s->tok, dir);   // first: reading it takes memory for a moment
+  load_to_run(&s->m, dir, o->precision, lambda, screened);
   s->sampler = sampler_from_options(o);
 }
 
@@ -73,7 +73,7 @@ UNUSED static void mode_generate(Options *o) {
   Speaker s;
   Session session;
   int n_ids, count = o->count;
-  speaker_open(&s, o, (float)o->lambda);
+  speaker_open(&s, o, (float)o->lambda, o->temperature <= 0);
   int *ids = prompt_ids(&s.tok, o->prompt, &n_ids);
   if (n_ids >= s.m.c.max_seq) die(EXIT_USAGE, "the prompt has %d tokens, the model's context only max_seq=%d", n_ids, s.m.c.max_seq);
   int capacity = n_ids + o->n < s.m.c.max_seq ? n_ids + o->n : s.m.c.max_seq;

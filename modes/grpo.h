@@ -988,7 +988,7 @@ UNUSED static void mode_grpo(Options *o) {
   m.dx_int8 = o->dx_int8 && o->precision == PRECISION_BF16;
   model_alloc_training(&m, rows, o->seq_len, o->recompute, 1);
   if (needs_reference_(o)) {
-    load_to_run(&ref, start, o->precision, 1);
+    load_to_run(&ref, start, o->precision, 1, 0);
     if (ref.c.vocab != m.c.vocab) die(EXIT_USAGE, "%s: the reference has %d ids, the model %d", start, ref.c.vocab, m.c.vocab);
     model_alloc_batch(&ref, rows, o->seq_len, 1, 1);
     g.ref = &ref;

@@ -40,7 +40,7 @@ UNUSED static void mode_logits(Options *o) {
   char dir[4096];
   int *ids, seq = 0;
   checkpoint_path(dir, sizeof dir, o->dir);
-  load_to_run(&m, dir, options_is_set(o, "precision") ? o->precision : PRECISION_FP32, (float)o->lambda);
+  load_to_run(&m, dir, options_is_set(o, "precision") ? o->precision : PRECISION_FP32, (float)o->lambda, 0);
   int n = parse_ids_(o->ids, m.c.vocab, &ids);
   if (n > m.c.max_seq) die(EXIT_USAGE, "ids: %d tokens, the model's context has max_seq=%d", n, m.c.max_seq);
   session_open(&session, &m, 1, n, 1, m.frozen);

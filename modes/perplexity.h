@@ -52,7 +52,7 @@ UNUSED static void mode_perplexity(Options *o) {
   int eot;
   if ((o->file[0] != 0) == (options_is_set(o, "data") == FROM_USER))
     die(EXIT_USAGE, "perplexity needs one of file=TEXT and data=GLOB");
-  speaker_open(&s, o, (float)o->lambda);
+  speaker_open(&s, o, (float)o->lambda, 0);
   int *ids = perplexity_tokens_(o, &s.tok, s.m.c.vocab, &n, &eot);
   int T = o->seq_len > 0 && o->seq_len < s.m.c.max_seq ? o->seq_len : s.m.c.max_seq;
   if (n < 2) die(EXIT_USAGE, "perplexity: expected a text of at least 2 tokens, found %zu", n);

@@ -90,7 +90,7 @@ UNUSED static void scorer_open(Scorer *s, const char *dir, int precision) {
   s->form = stored.qa_template;
   int T = stored.seq_len;
   options_free(&stored);
-  load_to_run(&s->m, path, precision, 1);
+  load_to_run(&s->m, path, precision, 1, 0);
   checkpoint_tokenizer(&s->tok, path);
   if (T < 1 || T > c.max_seq) T = c.max_seq;
   int n = SCORER_TOKENS / T > 1 ? SCORER_TOKENS / T : 1;

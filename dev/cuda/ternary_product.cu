@@ -78,7 +78,7 @@ int main(void) {
   Dev<float> s(Floats(64, scale)), gamma(Floats((size_t)N, weight_scale)), own_gamma((size_t)N);
   Dev<char> own(bitweight_packed_bytes(N, K)), scratch(ops_scratch_bytes(64, (size_t)N, (size_t)K));
   BitWeight w = {N, K, {N, 0, 0}, 1, PRECISION_BF16, 1, 0, 0, own.p, own_gamma.p, NULL};
-  weight_pack_codes(&w, 0, gcodes.p, weight_scale);
+  weight_pack_codes(&w, 0, gcodes.p, 0, N, weight_scale);
   ops_set_scratch(scratch.p, scratch.n);
 
   for (int R : rows) {

@@ -244,7 +244,7 @@ static void read_all_(void *path) {
     checkpoint_tokenizer(&t, (const char *)path);
     tokenizer_free(&t);
   }
-  model_load_frozen(&m, (const char *)path, PRECISION_BF16);
+  model_load_frozen(&m, (const char *)path, PRECISION_BF16, 1);
   model_free(&m);
 }
 

@@ -54,9 +54,9 @@ static void test_ternary_blocks(void) {
   for (int k = 0; k < 200; k++) {
     for (int i = 0; i < 256; i++) codes[i] = (int8_t)(test_below_(3) - 1);
     tq1_encode(block, codes, 0.5f);
-    CHECK(tq_decode_(back, block, GGUF_TQ1_0) && memcmp(codes, back, 256) == 0, "TQ1_0 there and back");
+    CHECK(ternary_block_(back, block, GGUF_TQ1_0) && memcmp(codes, back, 256) == 0, "TQ1_0 there and back");
     tq2_encode(block, codes, 0.5f);
-    CHECK(tq_decode_(back, block, GGUF_TQ2_0) && memcmp(codes, back, 256) == 0, "TQ2_0 there and back");
+    CHECK(ternary_block_(back, block, GGUF_TQ2_0) && memcmp(codes, back, 256) == 0, "TQ2_0 there and back");
   }
   int images = 0;
   for (unsigned byte = 0; byte < 256; byte++) images += tq1_value_(byte) >= 0;
@@ -254,6 +254,7 @@ static void open_source_(void *path) {
   Config c;
   ModelSource s;
   Tokenizer t;
+  set_threads_(1);   // a forked child has no threads but its own
   config_read(&c, (const char *)path);
   source_open(&s, (const char *)path);
   for (int i = 0; i < s.table.count; i++) {
@@ -406,6 +407,117 @@ static void test_packed_refuses(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
+// Loaded to be run.
+
+static void load_frozen_(void *path) {
+  Model m;
+  set_threads_(1);   // a forked child has no threads but its own
+  model_load_frozen(&m, (const char *)path, PRECISION_FP32, 1);
+}
+
+// A model loaded frozen has what the file holds: codes and scales of each matrix, numbers of the tables, and a screen that fits them.
+static void check_frozen_form_(const char *place, const char *what, int half, int in_file) {
+  ModelSource s;
+  Exporter e;
+  Model m;
+  int part;
+  float gamma;
+  source_open(&s, place);
+  exporter_open(&e, &s, &s.c);
+  model_load_frozen(&m, place, PRECISION_FP32, 1);
+  in_file = in_file && dev_reads_host();
+  CHECK(m.head.half == half && m.embed.half == half && (m.head_file.map != NULL) == in_file, "%s: half %d, in the file %d", what,
+        m.head.half, m.head_file.map != NULL);
+  CHECK((m.embed.table == m.head.table) == s.c.tie_embeddings, "%s: tables shared", what);
+  for (int i = 0; i < s.table.count; i++) {
+    const Tensor *t = &s.table.tensors[i];
+    size_t V = t->shape[0], K = t->shape[1];
+    if (t->flags & TERNARY) {
+      const int8_t *want = exporter_codes(&e, i, &gamma);
+      BitWeight *w = frozen_weight(&m, i, &part);
+      size_t first = part > 0 ? (size_t)w->parts[0] : 0;
+      if (part > 1) first += (size_t)w->parts[1];
+      CHECK(memcmp(weight_codes_(w) + first * K, want, t->n) == 0, "%s: %s: codes", what, t->name);
+      float *g = read_floats_(w->gamma + first, V);
+      for (size_t r = 0; r < V; r++) CHECK(g[r] == gamma, "%s: %s: scale %g of row %zu", what, t->name, (double)g[r], r);
+    } else if (t->flags & EMBED) {
+      int *ids = (int *)host_memory_(V * sizeof(int));
+      for (size_t v = 0; v < V; v++) ids[v] = (int)v;
+      float *want = host_floats_(t->n);
+      floatX *got = dev_acts_(NULL, t->n), *rounded = dev_acts_(want, t->n);
+      exporter_floats(&e, i, want, 0, t->n);
+      dev_floatx_in(rounded, want, t->n);
+      const Head *h = i > 0 || s.c.tie_embeddings ? &m.head : &m.embed;
+      head_embedding(got, dev_ints_(ids, V), h, (int)V);
+      CHECK(same_bits_(read_acts_(got, t->n), read_acts_(rounded, t->n), t->n * sizeof(float)), "%s: %s: table", what, t->name);
+      if (h->screen == NULL) continue;
+      Head copy = *h;
+      copy.table = dev_memory_(head_table_bytes(h->V, h->C, h->half));
+      copy.screen = dev_memory_(head_screen_bytes(h->V, h->C));
+      head_rows(&copy, dev_floats_(want, t->n), 0, h->V);
+      CHECK(same_bits_(copy.screen, h->screen, head_screen_bytes(h->V, h->C)), "%s: %s: screen", what, t->name);
+    }
+  }
+  exporter_close(&e);
+  source_close(&s);
+  model_free(&m);
+  end_test_();
+}
+
+/*
+Each form of a file, read in pieces that are smaller than any matrix. A table that can be used where it lies is left in the file, and
+a number in it that is not finite is found there, too.
+*/
+static void test_frozen_forms(void) {
+  static const struct { const char *args; int half, in_file; } forms[] = {
+      {"format=packed", 0, 1}, {"format=packed type=bf16", 1, 1}, {"format=hf type=bf16", 1, 1}, {"format=trits", 0, 1},
+      {"format=compress", 0, 1}, {"format=gguf type=tq1_0 embed_type=f32", 0, 1}, {"format=gguf type=tq2_0 embed_type=bf16", 1, 1},
+      {"format=gguf type=i2_s embed_type=f16", 0, 0}, {"format=gguf type=f32 embed_type=bf16", 1, 1}};
+  size_t chunk = load_chunk;
+  for (int tied = 0; tied < 2; tied++) {
+    Config c = convert_config_case_(1);
+    Model m;
+    char out[600], place[700], dir[512];
+    c.tie_embeddings = tied;
+    open_model_(&m, &c, PRECISION_FP32, 0, 0, 0, 1);
+    snprintf(dir, sizeof dir, "%s", saved_model_(&m));
+    model_free(&m);
+    for (size_t i = 0; i < ARRAY_LEN(forms); i++) {
+      int gguf = strstr(forms[i].args, "gguf") != NULL;
+      snprintf(out, sizeof out, "%s/frozen%zu", dir, i);
+      snprintf(place, sizeof place, "%s%s", out, gguf ? "/model.gguf" : "");
+      int code = program_("", "convert init=%s out=%s %s", dir, out, forms[i].args);
+      if (code == EXIT_USAGE && !tied && gguf) continue;   // not every architecture of GGUF has a classifier of its own
+      CHECK(code == 0, "%s: exit code %d: %s", forms[i].args, code, run_err);
+      if (code) continue;
+      for (int threads = 1; threads <= 3; threads += 2) {
+        set_threads_(threads);
+        load_chunk = 1500;   // 16 rows of codes, 5 of a table
+        check_frozen_form_(place, forms[i].args, forms[i].half, forms[i].in_file);
+        load_chunk = chunk;
+      }
+      if (!gguf || !forms[i].in_file) continue;
+      Gguf g;
+      size_t n;
+      gguf_open(&g, place);
+      size_t size = forms[i].half ? 2 : 4, at = gguf_find(&g, "token_embd.weight")->begin + gguf_find(&g, "token_embd.weight")->bytes;
+      gguf_close(&g);
+      char *data = read_file(place, &n), err[512];
+      memset(data + at - size, 0xFF, size);   // the last number
+      put_quickly_(out, "broken.gguf", data, n);
+      free(data);
+      snprintf(place, sizeof place, "%s/broken.gguf", out);
+      load_chunk = 1500;
+      code = run_child(load_frozen_, place, err, sizeof err);
+      load_chunk = chunk;
+      CHECK(code == EXIT_DAMAGED && strstr(err, "expected a finite number, found"),
+            "%s: NaN in the table: exit %d, %s", forms[i].args, code, err);
+    }
+  }
+  set_threads_(0);
+}
+
+// ---------------------------------------------------------------------------------------------------------
 // Real models, where they are: BITNET_DATA has models/ with expected.json, text/ and tokenizers/; BITNET_SMOLLM2 is a GGUF file.
 
 // The numbers of a JSON array into ids; how many.
@@ -472,7 +584,7 @@ static void check_expected_(const char *data, const Json *want, const char *file
   char *text = read_file(path, &len), *at = text;
   CHECK(text, "%s", path);
   snprintf(path, sizeof path, "%s/models/%s", data, file);
-  load_to_run(&m, path, PRECISION_FP32, lambda);
+  load_to_run(&m, path, PRECISION_FP32, lambda, 0);
   for (const Json *story = json_get(want, "stories")->child; story && at; story = story->next, number++) {
     char *end = strstr(at, "<|endoftext|>");
     while (end > at && isspace((unsigned char)end[-1])) end--;
@@ -506,7 +618,7 @@ static void check_smollm2_(const Json *want, const char *file) {
   Tokenizer tok;
   int ids[600], own[600];
   CHECK(want && json_get(want, "prompts"), "expected.json has no SmolLM2");
-  load_to_run(&m, file, PRECISION_FP32, 0);
+  load_to_run(&m, file, PRECISION_FP32, 0, 0);
   checkpoint_tokenizer(&tok, file);
   for (const Json *p = json_get(want, "prompts")->child; p; p = p->next) {
     const char *text = json_get_string(p, "prompt", "");
@@ -560,6 +672,7 @@ static void test_real_models(void) {
   {"params_shape", "new models by parameter count", test_params_shape},                                            \
   {"gguf_refuses", "broken GGUF files, field by field", test_gguf_refuses},                                        \
   {"llama2c_refuses", "broken llama2.c files", test_llama2c_refuses},                                              \
+  {"frozen_forms", "loaded to be run, every form has the codes and numbers of its file", test_frozen_forms},       \
   {"packed_refuses", "broken packed weights", test_packed_refuses},                                                \
   {"real_models", "losses and texts of published models, where BITNET_DATA and BITNET_SMOLLM2 have them", test_real_models}
 

@@ -78,8 +78,9 @@ static void test_packed_codes(void) {
   int8_t *device = (int8_t *)dev_memory_(N * K);
   dev_copy_in(device, codes, N * K);
   reserve_scratch_bytes_(ops_scratch_bytes(1, N, K));
-  weight_pack_codes(&w, 0, device, 0.5f);
-  weight_pack_codes(&w, 1, device + 6 * K, 0.25f);
+  weight_pack_codes(&w, 0, device, 0, 6, 0.5f);
+  weight_pack_codes(&w, 1, device + 9 * K, 3, 12, 0.25f);
+  weight_pack_codes(&w, 1, device + 6 * K, 0, 3, 0.25f);
   CHECK(same_bits_(weight_codes_(&w), codes, N * K), "codes");
   float *gamma = read_floats_(w.gamma, N);
   for (int n = 0; n < N; n++) CHECK(gamma[n] == (n < 6 ? 0.5f : 0.25f), "scale %d is %g", n, (double)gamma[n]);
@@ -124,7 +125,7 @@ static void test_packed_twin(void) {
     for (size_t r = 0; r < FEW_ROWS; r++) {
       for (size_t k = 0; k < K; k++) q[r * stride + k] = K < 1000 ? (int8_t)(test_below_(256) - 128) : (int8_t)(r % 2 ? 127 : -128);
     }
-    for (size_t n = 0; n < N; n++) packed_set_row(packed, n, codes + n * K, K);
+    for (size_t n = 0; n < N; n++) packed_set_rows(packed, n, 1, codes + n * K, K);
     for (size_t n = 0; n < N; n++) {
       packed_get_row(back, packed, n, K);
       CHECK(same_bits_(back, codes + n * K, K), "K = %zu: row %zu is not what was packed", K, n);
@@ -158,7 +159,11 @@ static void test_packed_sums(void) {
     for (size_t i = 0; i < N * K; i++) t[i] = (int8_t)(test_below_(3) - 1);
     uint8_t *panels = (uint8_t *)dev_memory_(ternary_panel_bytes(N, K)), *packed = (uint8_t *)dev_memory_(packed_bytes(N, K));
     ternary_pack_panels(panels, t, N, K);
-    for (size_t n = 0; n < N; n++) packed_set_row(packed, n, t + n * K, K);
+    for (size_t n = 0; n < N; n++) packed_set_rows(packed, n, 1, t + n * K, K);
+    uint8_t *whole = (uint8_t *)dev_memory_(packed_bytes(N, K));
+    for (size_t n = 0; n < N; n += I8_WIDTH)
+      packed_set_rows(whole, n, N - n < I8_WIDTH ? N - n : (size_t)I8_WIDTH, t + n * K, K);
+    CHECK(same_bits_(packed, whole, packed_bytes(N, K)), "[%zu,%zu]: rows packed together", N, K);
     float *s = normals_(M, 1, 0.2), *gamma = normals_(N, 1, 0.2), *a = host_floats_(M * N), *b = host_floats_(M * N);
     int32_t *sums_a = (int32_t *)host_memory_(M * N * sizeof(int32_t)), *sums_b = (int32_t *)host_memory_(M * N * sizeof(int32_t));
     gemm_i8(a, sums_a, q, s, panels, gamma, NULL, NULL, M, N, K);
@@ -429,7 +434,7 @@ static void test_frozen(void) {
     const char *dir = frozen_case_(f, &c, &precision, &half);
     model_load(&m[0], dir, precision);
     model_quantize(&m[0], 1);
-    model_load_frozen(&m[1], dir, precision);
+    model_load_frozen(&m[1], dir, precision, 1);
     model_quantize(&m[1], 1);
     CHECK(m[1].frozen && m[1].head.half == half && m[1].embed.half == half, "form %d: table is bf16: %d, should be %d", f,
           m[1].head.half, half);
@@ -484,7 +489,7 @@ static void test_frozen_allocation(void) {
   Session s;
   int precision, half, token = 1, seq = 0, tokens[20], seqs[20] = {0}, pos[20];
   const char *dir = frozen_case_(1, &c, &precision, &half);
-  model_load_frozen(&m, dir, precision);
+  model_load_frozen(&m, dir, precision, 1);
   session_open(&s, &m, 1, 64, 20, 1);
   for (int i = 0; i < 20; i++) {
     tokens[i] = i % c.vocab;
@@ -507,8 +512,8 @@ static void test_frozen_allocation(void) {
 }
 
 #ifdef BITNET_MATMUL_H
-// run_memory is what a frozen model and its session take; loading takes one matrix and the chunk that is read more, but not at the
-// same time as the session.
+// run_memory is what a frozen model and its session take. Loading takes a chunk of the host's memory more, or one float matrix, but
+// not at the same time as the session.
 static void test_frozen_memory(void) {
   set_threads_(0);
   for (int f = 0; f < FROZEN_FORMS_; f++) {
@@ -518,13 +523,13 @@ static void test_frozen_memory(void) {
     int precision, half;
     const char *dir = frozen_case_(f, &c, &precision, &half);
     reserve_scratch_bytes_((size_t)8 << 20);   // more than these models need: what is counted below is not scratch
-    RunMemory need = run_memory(&c, precision, half, half, 3, 90, 40);
+    int form = half ? TABLE_HALF : dev_reads_host() ? TABLE_IN_FILE : 0;   // the file has floats
+    RunMemory need = run_memory(&c, precision, form, form, 3, 90, 40);
     CHECK(need.total == need.weights + need.tables + need.cache + need.rest, "form %d: the parts do not add up", f);
     size_t before = test_device_bytes;
-    model_load_frozen(&m, dir, precision);
-    size_t stage = (size_t)LOAD_CHUNK_ * sizeof(float);   // larger than any matrix here
+    model_load_frozen(&m, dir, precision, 1);
     session_open(&s, &m, 3, 90, 40, 1);
-    size_t taken = test_device_bytes - before - stage, host = (size_t)s.logit_rows * (size_t)c.vocab * sizeof(float);
+    size_t taken = test_device_bytes - before, host = (size_t)s.logit_rows * (size_t)c.vocab * sizeof(float);
     size_t want = need.total - session_scratch_bytes_(&s) - host;
     CHECK(taken >= want && taken <= want + 64 * 8, "form %d: %zu bytes taken, %zu forecast", f, taken, want);
     session_free(&s);
@@ -536,7 +541,7 @@ static void test_frozen_memory(void) {
 
 static void load_float_acts_(void *dir) {
   Model m;
-  model_load_frozen(&m, (const char *)dir, PRECISION_BF16);
+  model_load_frozen(&m, (const char *)dir, PRECISION_BF16, 1);
 }
 
 static void ask_fp32_(void *unused) {

@@ -393,10 +393,11 @@ static void test_pack4(void) {
   int8_t back[4];
   pack4(&byte, column, 4, 1);
   CHECK(byte == (2 | 1 << 2 | 0 << 4 | 2 << 6), "packed byte %d", byte);
-  CHECK(unpack4(back, &byte, 4, 1) == 1 && same_bits_(back, column, 4), "unpacked %d %d %d %d", back[0], back[1], back[2], back[3]);
+  for (size_t r = 0; r < 4; r++)
+    CHECK(unpack4_row(back + r, &byte, 4, 1, r) == 1 && back[r] == column[r], "row %zu unpacked: %d", r, back[r]);
   for (int field = 0; field < 4; field++) {   // the code 3 in any place is damage
     uint8_t damaged = (uint8_t)(byte | 3 << (2 * field));
-    CHECK(unpack4(back, &damaged, 4, 1) == 0, "code 3 in field %d was accepted", field);
+    CHECK(unpack4_row(back, &damaged, 4, 1, (size_t)field) == 0, "code 3 in field %d was accepted", field);
   }
   // Rows that share a byte lie out/4 apart.
   enum { OUT = 12, IN = 5 };
@@ -410,7 +411,8 @@ static void test_pack4(void) {
       CHECK(got == codes[n * IN + k], "row %d column %d: %d, wanted %d", n, k, got, codes[n * IN + k]);
     }
   }
-  CHECK(unpack4(again, packed, OUT, IN) == 1 && same_bits_(again, codes, sizeof codes), "round trip");
+  for (size_t r = 0; r < OUT; r++) CHECK(unpack4_row(again + r * IN, packed, OUT, IN, r) == 1, "row %zu: refused", r);
+  CHECK(same_bits_(again, codes, sizeof codes), "round trip");
   end_test_();
 }
 
