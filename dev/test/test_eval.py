@@ -2,8 +2,8 @@
 """Second opinions on evaluation: EleutherAI's lm-evaluation-harness on the same items and models, NLTK on word stems.
 
     python dev/test/test_eval.py            # needs gcc, ./train_bitnet, torch, transformers, tokenizers, lm-eval, nltk
-    BITNET_DATA=DIR python dev/test/test_eval.py --items 200      # also the records in DIR/qa/*.jsonl
-    python dev/test/test_eval.py --model MODEL_DIR --lambda 0     # a model directory of your own, on DIR/qa alone where that is given
+    BITNET_DATA=DIR python dev/test/test_eval.py --items 200      # also the records in DIR/qa/*.jsonl, the pages of DIR/text
+    python dev/test/test_eval.py --model MODEL_DIR --lambda 0     # a model directory of your own, on DIR alone where that is given
 
 The models are made here: a random LLaMA, run as it is at lambda = 0, and a ternary one that trains for seconds, run at lambda = 1. The
 harness's own task definitions are used, with local files in the place of its downloads.
@@ -161,6 +161,9 @@ def read_items(folder, n):
     files["truthfulqa"] = rows("truthfulqa_mc_a.jsonl")[:n]
     both = lambda t: {"choices": list(t), "labels": list(t.values())}
     out["truthfulqa"] = [{"question": r["question"], "mc1_targets": both(r["mc1_targets"]), "mc2_targets": both(r["mc2_targets"])} for r in files["truthfulqa"]]
+    with open(os.path.join(folder, "..", "text", "wikitext2_valid.tokens.txt"), encoding="utf-8") as f:
+        pages = re.split(r"(?m)^(?= = [^=\n].*[^=] = $)", f.read())
+    out["wikitext"] = files["wikitext"] = [{"page": page} for page in pages if page.strip()][:n]
     return out, files, rows("mmlu_dev.jsonl")
 
 
@@ -194,13 +197,13 @@ def harness_tasks(tmp, name, rows, dev):
     return out
 
 
-def harness(lm, tasks):
-    """[(result, samples in order)] of the tasks."""
+def harness(lm, tasks, cache):
+    """[(result, samples in order)] of the tasks. cache: a file that need not exist; mc1 and mc2 of truthfulqa ask for the same answers."""
     import lm_eval
     out = []
     for cfg in tasks:
         with contextlib.redirect_stderr(io.StringIO()):   # progress bars
-            r = lm_eval.simple_evaluate(model=lm, tasks=[cfg], bootstrap_iters=10, log_samples=True)
+            r = lm_eval.simple_evaluate(model=lm, tasks=[cfg], use_cache=cache, bootstrap_iters=10, log_samples=True)
         name = next(iter(r["samples"]))
         out.append((r["results"][name], sorted(r["samples"][name], key=lambda s: s["doc_id"])))
     return out
@@ -313,7 +316,8 @@ def compare_model(tmp, label, path, lam, sets):
     from lm_eval.models.huggingface import HFLM
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device="cpu")
+    # The logits of 8 windows of a large model do not fit into memory.
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1 if label == "given" else 8, device="cpu")
     for source, items, files, examples in sets:
         for name, rows in items.items():
             file = write_records(f"{tmp}/{source}_{name}.jsonl", files[name] if files else rows)
@@ -323,7 +327,7 @@ def compare_model(tmp, label, path, lam, sets):
             run(*command)
             with open(f"{tmp}/results.json") as f:
                 ours = json.load(f)
-            compare(label, name, ours, harness(lm, harness_tasks(tmp, name, rows, examples)), LOGP_BOUND[label])
+            compare(label, name, ours, harness(lm, harness_tasks(tmp, name, rows, examples), f"{tmp}/cache_{label}_{source}_{name}"), LOGP_BOUND[label])
 
 
 def main():
