@@ -250,13 +250,14 @@ static void qa_put_items_(StrBuf *b, const QaSet *set, QaScore *const *models, i
   strbuf_printf(b, "\n  ]");
 }
 
-// Held-out problems of the run that o->dir belongs to, in the order of its evaluations: `limit` of them, or eval_problems. Exit 2 if
-// that run was not trained on arithmetic.
+// Held-out problems of the run that o->dir belongs to, in the order of its evaluations: `limit` of them, or eval_problems. Unless the
+// user says otherwise they are asked as they were trained, and answers have room for a digit too many. Exit 2 if that run was not
+// trained on arithmetic.
 static QaSet qa_arithmetic_(Options *o) {
   char dir[4096], query[ARITH_TEXT_CAP], answer[ARITH_TEXT_CAP];
   Arithmetic a;
   QaSet set = {NULL, 0};
-  size_t most = (size_t)(o->limit > 0 ? o->limit : o->eval_problems);
+  size_t most = (size_t)(o->limit > 0 ? o->limit : o->eval_problems), longest = 0;
   checkpoint_path(dir, sizeof dir, o->dir);
   checkpoint_options(o, dir);
   if (strcmp(o->data, "arithmetic") != 0)
@@ -271,7 +272,10 @@ static QaSet qa_arithmetic_(Options *o) {
     set.items[i].query = xstrdup(query);
     set.items[i].answer = xstrdup(answer);
     set.items[i].line = i + 1;
+    if (strlen(answer) > longest) longest = strlen(answer);
   }
+  if (options_is_set(o, "n") != FROM_USER) o->n = (int)longest + 2;
+  if (options_is_set(o, "qa_template") != FROM_USER) o->qa_template = QA_PLAIN;
   free(problems);
   return set;
 }

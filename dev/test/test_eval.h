@@ -609,12 +609,12 @@ static void test_qa_run(void) {
   CHECK(program_("", "eval %s", own) == 0, "%s", run_err);
   CHECK(sscanf(run_out, "problems %lf val_loss %*f exact_match %lf", &problems, &exact) == 2, "%s", run_out);
   CHECK(exact > 0, "this model must know something: %s", run_out);
-  CHECK(program_("", "eval %s task=qa file=arithmetic qa_template=plain n=5 results=%s", own, out) == 0, "%s", run_err);
+  CHECK(program_("", "eval %s task=qa file=arithmetic results=%s", own, out) == 0, "%s", run_err);
   root = eval_json_(out);
   CHECK(qa_result_(root, own, "exact_match", "n") == problems && fabs(qa_result_(root, own, "exact_match", "value") - exact) < 1e-4,
         "exact match %g of %g problems, expected %g of %g", qa_result_(root, own, "exact_match", "value"),
         qa_result_(root, own, "exact_match", "n"), exact, problems);
-  CHECK(program_("", "eval %s task=qa file=arithmetic qa_template=plain data=/x.bin", own) == EXIT_USAGE &&
+  CHECK(program_("", "eval %s task=qa file=arithmetic data=/x.bin", own) == EXIT_USAGE &&
             strstr(run_err, "file=arithmetic"), "not a run on arithmetic: %s", run_err);
   CHECK(program_("", "eval %s task=qa file=%s vs=/nowhere", eval_run_(), path) == EXIT_USAGE, "a second model that is not there: %s",
         run_err);
