@@ -189,8 +189,8 @@ testemu_curve: emu_train_f32 train_bitnet
 $(addprefix test,$(EMU_TESTS) $(EMU_CUDA)): test%: %
 	for order in 0 1; do echo "$*, order $$order"; EMU_ORDER=$$order ./$* || exit 1; done
 
-testemu_table_bf16: emu_bitnet_bf16
-	for t in $(EMU_BF16_TABLE); do ./emu_bitnet_bf16 $$t || exit 1; done
+testemu_table_bf16: emu_bitnet_bf16 emu_train_f32
+	for t in $(EMU_BF16_TABLE); do BITNET_BINARY=./emu_train_f32 ./emu_bitnet_bf16 $$t || exit 1; done
 
 # ---------------------------------------------------------------------------------------------------------
 # Other instruction sets: the kernels of each that this CPU can run, and aarch64 through qemu's user emulation.
