@@ -27,6 +27,7 @@ enum { EMULATED = 0 };
 
 static int check_failures;   // of the test that is running
 UNUSED static void (*before_test)(void);   // if set, called before each test, so that none depends on the one before it
+UNUSED static void (*in_child)(void);      // if set, called first in each child process
 
 // CHECK(condition, "format", values...): on failure prints where, the condition and the message.
 #define CHECK(cond, ...)                                                        \
@@ -75,6 +76,7 @@ UNUSED static int run_child(void (*fn)(void *), void *arg, char *err, size_t cap
     dup2(fd[1], 2);
     close(fd[0]);
     close(fd[1]);
+    if (in_child) in_child();
     fn(arg);
     fflush(NULL);
     _exit(0);

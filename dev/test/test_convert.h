@@ -254,7 +254,6 @@ static void open_source_(void *path) {
   Config c;
   ModelSource s;
   Tokenizer t;
-  set_threads_(1);   // a forked child has no threads but its own
   config_read(&c, (const char *)path);
   source_open(&s, (const char *)path);
   for (int i = 0; i < s.table.count; i++) {
@@ -411,7 +410,6 @@ static void test_packed_refuses(void) {
 
 static void load_frozen_(void *path) {
   Model m;
-  set_threads_(1);   // a forked child has no threads but its own
   model_load_frozen(&m, (const char *)path, PRECISION_FP32, 1);
 }
 

@@ -555,7 +555,6 @@ static void test_frozen_refuses(void) {
   Config c = small_config_(CONVERTED_STYLE);
   Model m;
   char err[512];
-  set_threads_(1);   // a forked child has no threads but its own
   open_model_(&m, &c, PRECISION_BF16, 0, 0, 0, 1);
   const char *dir = saved_model_(&m);
   int code = run_child(load_float_acts_, (void *)dir, err, sizeof err);

@@ -421,7 +421,6 @@ static void saver_load_(void *ctx) {
   Tokenizer tok;
   State state;
   checkpoint_path(dir, sizeof dir, s->run);
-  set_threads_(1);   // a forked child has no threads but its own
   model_load(&m, dir, PRECISION_FP32);
   model_alloc_training(&m, 1, 8, 0, 0);
   state_load(&state, &m, dir);
