@@ -22,7 +22,9 @@ else
 OMP     = -fopenmp-simd -Wno-unknown-pragmas
 endif
 
-CFLAGS  = -O3 $(MARCH) -std=gnu11 $(WARN)
+# -fno-math-errno changes no number: sqrtf need not set errno, so loops with a root in them become vector code.
+OPTIMIZE = -O3 -fno-math-errno
+CFLAGS  = $(OPTIMIZE) $(MARCH) -std=gnu11 $(WARN)
 BUILD   = $(CC) $(CFLAGS) $(OMP) -DBITNET_COMMIT='"$(COMMIT)"'
 # gcc's sanitizers see a null format string where there is none; hence the last flag.
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -Wno-format-truncation
@@ -207,7 +209,7 @@ ISA_FLAGS     = avx2:fma avxvnni:avx_vnni avx512:avx512bw vnni:avx512_vnni bf16:
 ISAS          = $(foreach f,$(ISA_FLAGS),$(if $(shell grep -cw $(lastword $(subst :, ,$(f))) /proc/cpuinfo | grep -v '^0'),$(firstword $(subst :, ,$(f)))))
 
 test_bitnet_isa_%: $(TESTS)
-	$(CC) -O3 $(ISA_$*) -std=gnu11 $(WARN) $(OMP) -o $@ test_bitnet.c -lm
+	$(CC) $(OPTIMIZE) $(ISA_$*) -std=gnu11 $(WARN) $(OMP) -o $@ test_bitnet.c -lm
 
 testisa: $(addprefix test_bitnet_isa_,$(ISAS))
 	@$(if $(ISAS),,echo 'this CPU has none of: $(ISA_FLAGS)' >&2; exit 1)
@@ -225,7 +227,7 @@ ARM_MISSING = $(if $(shell command -v $(ARM_CC)),$(if $(ARM_QEMU),,no qemu-aarch
 
 define ARM_BUILD
 	@$(if $(strip $(ARM_MISSING)),echo '$(strip $(ARM_MISSING))' >&2; exit 1)
-	$(ARM_CC) -O3 -std=gnu11 $(WARN) -fopenmp
+	$(ARM_CC) $(OPTIMIZE) -std=gnu11 $(WARN) -fopenmp
 endef
 
 train_bitnet_arm: train_bitnet.c $(HEADERS)

@@ -861,8 +861,9 @@ Softmax needs the largest score to stay in range, which is only known at the end
 far (top) and are scaled down whenever a block raises it ("online softmax"). sum [QUERIES] and o [HS][QUERIES] are such sums. A query
 starts with top = -infinity. Keys that it does not see change no bit.
 */
-static void softmax_columns(float *RESTRICT p, float *RESTRICT top, float *RESTRICT sum, float *RESTRICT o, const int *RESTRICT seen,
-                            int n, int columns, int HS) {
+static inline __attribute__((always_inline)) void softmax_columns(float *RESTRICT p, float *RESTRICT top, float *RESTRICT sum,
+                                                                  float *RESTRICT o, const int *RESTRICT seen, int n,
+                                                                  const int columns, int HS) {
   float scale = 1.0f / sqrtf((float)HS), high[QUERIES], shrink[QUERIES], total[QUERIES] = {0};
   int all = 1;
   for (int i = 0; i < columns; i++) {
@@ -915,7 +916,8 @@ static void attend_columns(const HeadForm *f, float *out, size_t out_stride, flo
     size_t block = (size_t)(j0 / KEYS);
     for (size_t i = 0; i < columns; i++) left[i] = i < m ? seen[i] - j0 : n;
     block_product(f->k, p, QUERIES, 0, keys + block * block_bytes(f, 0), q_right, (size_t)n, m, HS, HS);
-    softmax_columns(p, top, sum, o, left, n, (int)columns, (int)HS);
+    if (columns == QUERIES) softmax_columns(p, top, sum, o, left, n, QUERIES, (int)HS);   // a constant: sums stay in registers
+    else softmax_columns(p, top, sum, o, left, n, (int)columns, (int)HS);
     pack_right(f->k, p_right, p, QUERIES, 1, (size_t)n, m, f->precision);
     block_product(f->k, o, QUERIES, 1, values + block * block_bytes(f, 1), p_right, HS, m, (size_t)n, KEYS);
   }
