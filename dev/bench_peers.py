@@ -11,6 +11,7 @@ random weights in memory. Each round runs every program once, one after the othe
 shared machine; the table shows medians over the rounds and the ratio to the fastest peer.
 """
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -160,6 +161,9 @@ def main():
     if args.child:
         run_llama(args.child, args.threads, args.prompt, args.new)
         return
+    missing = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"{sys.executable} has no module {' and no module '.join(missing)}; pip install llama-cpp-python gguf")
     os.makedirs(args.dir, exist_ok=True)
     peers = {}
     for weights in ("TQ2_0", "TQ1_0"):
@@ -168,17 +172,17 @@ def main():
             if not os.path.exists(path):
                 print("writing", path, file=sys.stderr)
                 write_model(path, weights, head)
+    columns = ["prefill 128", "prefill 512", "decode"]
     found = {name: {} for name in ["ours", *peers]}
     rows = {}
     for k in range(args.rounds):
-        values, more = ours(args.binary, args.threads)
-        for name, result in [("ours", values)] + [(name, child(args, path)) for name, path in peers.items()]:
+        for name in found:
+            result, more = ours(args.binary, args.threads) if name == "ours" else (child(args, peers[name]), {})
+            print(f"round {k + 1} of {args.rounds}: {name:28}" + "".join(f"{result[c]:10.1f}" for c in columns), file=sys.stderr)
             for key, value in result.items():
                 found[name].setdefault(key, []).append(value)
-        for key, value in more.items():
-            rows.setdefault(key, []).append(value)
-        print(f"round {k + 1} of {args.rounds}", file=sys.stderr)
-    columns = ["prefill 128", "prefill 512", "decode"]
+            for key, value in more.items():
+                rows.setdefault(key, []).append(value)
     median = {name: {c: statistics.median(v[c]) for c in columns} for name, v in found.items()}
     print(f"{'tokens/s':32}" + "".join(f"{c:>14}" for c in columns))
     for name, values in median.items():
