@@ -87,8 +87,9 @@ typedef struct {
   FILE *log;
   int skips;                     // updates skipped in a row
   Metrics last;                  // of the last evaluation
-  double began, window_began;    // time_now
-  int64_t window_steps;          // steps since window_began
+  double began, shown;           // time_now, of the last line of progress
+  double pace;                   // seconds a step, with the evaluations between steps; what is long ago counts less
+  int paces;                     // steps in it
   int8_t *codes;                 // all ternary codes when they were last measured (device); NULL before
   int64_t *code_counts;          // [2] on the device
   int64_t measured;              // step of that measurement, -1 before
@@ -480,19 +481,17 @@ static void show_progress_(Trainer *t, const StepReport *r) {
   *bar = isnan(*bar) || !isfinite(r->loss) ? r->loss : 0.9 * *bar + 0.1 * r->loss;
   if (tty) put_spark_(curve, t->spark);
   if (t->hooks->progress) t->hooks->progress(t->hooks->ctx, &more);
-  t->window_steps++;
-  double per_step = (time_now() - t->window_began) / (double)t->window_steps;
-  put_duration_(eta, sizeof eta, per_step * (double)(t->o->steps - t->state.step));
+  double now = time_now();
+  t->paces += t->paces < 50;   // the mean of 50 steps, then one that forgets
+  t->pace += (now - t->shown - t->pace) / t->paces;
+  t->shown = now;
+  put_duration_(eta, sizeof eta, t->pace * (double)(t->o->steps - t->state.step));
   fprintf(stderr, "%sstep %*lld/%d  loss %8.4f  lambda %.3f  lr %.2e  norm %7.3f  %6.0f ms  %7.0f tok/s  ETA %-8s%s%s%s%s",
           tty ? "\r" : "", snprintf(NULL, 0, "%d", t->o->steps), (long long)t->state.step, t->o->steps, r->loss, r->lambda, r->lr,
           r->grad_norm, r->seconds * 1e3, (double)r->tokens / r->seconds, eta, more.data ? more.data : "", curve,
           r->skipped ? "  SKIPPED: not finite" : "", tty ? "" : "\n");
   strbuf_free(&more);
   t->line_open = tty;
-  if (t->window_steps >= 50) {   // the ETA follows the last steps, not the whole run
-    t->window_began = time_now();
-    t->window_steps = 0;
-  }
 }
 
 static void log_step_(Trainer *t, const StepReport *r) {
@@ -602,7 +601,7 @@ UNUSED static void trainer_train(Trainer *t) {
   const Options *o = t->o;
   int64_t saved = o->resume[0] ? t->state.step : -1, evaluated = -1;
   int64_t end = o->stop_at > 0 && o->stop_at < o->steps ? o->stop_at : o->steps;
-  t->began = t->window_began = time_now();
+  t->began = t->shown = time_now();
   while (t->state.step < end && !stop_requested) {
     StepReport r = train_step_(t);
     int64_t step = t->state.step;
