@@ -865,6 +865,7 @@ static const Test tests[] = {
 };
 
 int main(int argc, char **argv) {
+  wait_briefly(argv);
   const char *filter = argc > 1 ? argv[1] : NULL;
   Config c = tiny_config(BITNET_STYLE);
   dev_init(0);
