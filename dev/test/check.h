@@ -131,10 +131,10 @@ static void remove_all_(const char *path) {
 }
 
 static void end_test_dirs_(int keep) {
+  if (keep && test_dirs) printf("the tests' files are kept: %.*s*\n", (int)strlen(test_dirs->path) - 6, test_dirs->path);
   for (struct TestDir *d = test_dirs, *older; d; d = older) {
     older = d->older;
-    if (keep) printf("files of the tests: %s\n", d->path);
-    else remove_all_(d->path);
+    if (!keep) remove_all_(d->path);
     free(d);
   }
   test_dirs = NULL;
@@ -145,6 +145,7 @@ static void end_test_dirs_(int keep) {
 UNUSED static int run_tests(const Test *tests, size_t n, const char *filter) {
   int passed = 0, failed = 0;
   size_t part = 0, parts = 0;
+  StrBuf names = {NULL, 0, 0};   // of those that failed
   int in_parts = filter && sscanf(filter, "%zu/%zu", &part, &parts) == 2 && parts > 0;
   for (size_t i = 0; i < n; i++) {
     if (in_parts ? i % parts + 1 != part : filter && strstr(tests[i].name, filter) == NULL) continue;
@@ -154,9 +155,12 @@ UNUSED static int run_tests(const Test *tests, size_t n, const char *filter) {
     tests[i].fn();
     printf("%s  %-28s %6.2f s  %s\n", check_failures ? "FAIL" : "ok  ", tests[i].name, time_now() - t0, tests[i].about);
     fflush(stdout);
+    if (check_failures) strbuf_printf(&names, " %s", tests[i].name);
     if (check_failures) failed++;
     else passed++;
   }
+  if (failed) printf("failed:%s\n", names.data);
+  strbuf_free(&names);
   end_test_dirs_(failed != 0);
   if (passed + failed == 0) printf("no test is named like '%s'\n", filter);
   printf("%d passed, %d failed\n", passed, failed);

@@ -604,7 +604,7 @@ static void test_qa_run(void) {
   // The run's own held-out problems: as right as the evaluation of arithmetic finds them.
   char own[4096];
   double exact = NAN, problems = NAN;
-  CHECK(program_("", TINY "run_dir=%s steps=100 lambda_schedule=none arith_ops=+", test_dir()) == 0, "%s", run_err);
+  CHECK(program_("", TINY "run_dir=%s steps=300 lambda_schedule=none arith_ops=+", test_dir()) == 0, "%s", run_err);
   snprintf(own, sizeof own, "%s", last_run_());
   CHECK(program_("", "eval %s", own) == 0, "%s", run_err);
   CHECK(sscanf(run_out, "problems %lf val_loss %*f exact_match %lf", &problems, &exact) == 2, "%s", run_out);
