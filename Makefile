@@ -22,7 +22,7 @@ else
 OMP     = -fopenmp-simd -Wno-unknown-pragmas
 endif
 
-# -fno-math-errno changes no number: sqrtf need not set errno, so loops with a root in them become vector code.
+# -fno-math-errno: sqrtf need not set errno, so loops with a root in them become vector code. Roots themselves are rounded as before.
 OPTIMIZE = -O3 -fno-math-errno
 CFLAGS  = $(OPTIMIZE) $(MARCH) -std=gnu11 $(WARN)
 BUILD   = $(CC) $(CFLAGS) $(OMP) -DBITNET_COMMIT='"$(COMMIT)"'

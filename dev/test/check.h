@@ -155,9 +155,9 @@ UNUSED static int run_tests(const Test *tests, size_t n, const char *filter) {
     tests[i].fn();
     printf("%s  %-28s %6.2f s  %s\n", check_failures ? "FAIL" : "ok  ", tests[i].name, time_now() - t0, tests[i].about);
     fflush(stdout);
+    passed += check_failures == 0;
+    failed += check_failures != 0;
     if (check_failures) strbuf_printf(&names, " %s", tests[i].name);
-    if (check_failures) failed++;
-    else passed++;
   }
   if (failed) printf("failed:%s\n", names.data);
   strbuf_free(&names);
