@@ -855,7 +855,12 @@ The instruction wants one unsigned operand; with code + 1 the sum comes out too 
 is subtracted once per row. Sums are exact: |sum| <= 3 * 127 * K < 2^31 for K below five million. The number of groups of four is padded
 to a multiple of 16, which is what an AMX tile holds; padding is multiplied by zeros.
 */
-enum { I8_WIDTH = 16, I8_ROWS = 6, I8_BLOCK = 256, I8_CACHE = 3 << 19 };   // I8_BLOCK: rows that a thread takes at a time
+enum {
+  I8_WIDTH = 16, I8_ROWS = 6,
+  I8_BLOCK = 256,        // rows that a thread takes at a time
+  I8_ROUNDED = 1 << 20,  // bytes of codes that it makes of a gradient at a time
+  I8_CACHE = 3 << 19     // bytes of a result for each thread that the caches keep
+};
 
 // Groups of four k in a panel.
 static size_t ternary_groups(size_t K) {
@@ -948,6 +953,21 @@ UNUSED static inline void tile_i8_scalar(int32_t *sums, const int8_t *q, const u
 }
 
 #ifdef IVEC
+// acc += four k of `rows` rows of activations, `apart` bytes apart, times `vectors` vectors of weights, panels `stride` bytes apart.
+static inline __attribute__((always_inline)) void tile_step(ivec acc[I8_ROWS][8], const uint8_t *panels, size_t stride, int v0,
+                                                            const int8_t *a, size_t apart, const int rows, const int vectors) {
+  const int parts = 64 / IVEC;
+  ivec w[8];
+#pragma GCC unroll 8
+  for (int v = 0; v < vectors; v++) w[v] = ivec_load(panels + (size_t)((v0 + v) / parts) * stride + (size_t)((v0 + v) % parts * IVEC));
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; i++) {
+    ifour four = ivec_four(a + (size_t)i * apart);
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; v++) acc[i][v] = ivec_ternary(acc[i][v], w[v], four);
+  }
+}
+
 static inline __attribute__((always_inline)) void tile_i8(int32_t *sums, const int8_t *q, const uint8_t *panels, size_t K,
                                                           const int rows, const int n_panels) {
   const int parts = 64 / IVEC, most = rows == 1 ? 8 : TILE_VECTORS, vectors = n_panels * parts < most ? n_panels * parts : most;
@@ -963,20 +983,10 @@ static inline __attribute__((always_inline)) void tile_i8(int32_t *sums, const i
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; v++) acc[i][v] = ivec_zero();
       }
-      for (size_t g = first; g < end; g++) {
-        const int8_t *a = g < K / 4 ? q + 4 * g : last;
-        size_t apart = g < K / 4 ? K : 4;
-        ivec w[8];
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++)
-          w[v] = ivec_load(panels + ((size_t)((v0 + v) / parts) * groups + g) * 64 + (v0 + v) % parts * IVEC);
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++) {
-          ifour four = ivec_four(a + (size_t)i * apart);
-#pragma GCC unroll 8
-          for (int v = 0; v < vectors; v++) acc[i][v] = ivec_ternary(acc[i][v], w[v], four);
-        }
-      }
+      size_t whole = end < K / 4 ? end : K / 4;
+#pragma GCC unroll 4   // counting takes slots of the units that multiply
+      for (size_t g = first; g < whole; g++) tile_step(acc, panels + g * 64, groups * 64, v0, q + 4 * g, K, rows, vectors);
+      for (size_t g = whole; g < end; g++) tile_step(acc, panels + g * 64, groups * 64, v0, last, 4, rows, vectors);
 #pragma GCC unroll 8
       for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 8
@@ -1137,10 +1147,15 @@ static void i8_done(void) {
 #endif
 }
 
+// Rows of one tile.
+static size_t i8_unit(void) {
+  return amx_ready() ? 32 : I8_ROWS;
+}
+
 // How many of M rows are one task: at most I8_BLOCK. Each thread gets the same even share of neighbouring rows that it has in the loops over
 // rows before and after a product, so that it finds them in its own cache.
 static size_t i8_step(size_t M) {
-  size_t threads = (size_t)thread_count(), unit = amx_ready() ? 32 : I8_ROWS, most = I8_BLOCK / unit * unit;
+  size_t threads = (size_t)thread_count(), unit = i8_unit(), most = I8_BLOCK / unit * unit;
   size_t share = padded_to((M + threads - 1) / threads, unit), tasks = (share + most - 1) / most;
   return padded_to((share + tasks - 1) / tasks, unit);
 }
@@ -1178,13 +1193,19 @@ static void gemm_i8(float *out, int32_t *exact, const int8_t *q, const float *s,
   }
 }
 
+// Rows whose codes a thread holds at a time: I8_BLOCK, or as many as I8_ROUNDED bytes hold where rows are wide, at least one tile.
+static size_t rounded_rows(size_t N) {
+  size_t unit = i8_unit(), rows = I8_ROUNDED / padded_to(N, 64) / unit * unit, most = I8_BLOCK / unit * unit;
+  return rows < unit ? unit : rows < most ? rows : most;
+}
+
 /*
 dx (=) [M,K] = dy w, both operands integers: w in transposed panels (ternary_pack_transposed), dy [M,N] times gamma [N] rounded at random
 to int8, with one scale for each row. A row of sums is exact, so no bit depends on the number of threads. key: of the random numbers;
-scratch: gemm_i8_rounded_bytes(N, K): the codes of I8_BLOCK rows for each thread, and K ones, for the outputs have no scale.
+scratch: gemm_i8_rounded_bytes(N, K): the codes of rounded_rows(N) rows for each thread, and K ones, for the outputs have no scale.
 */
 static size_t gemm_i8_rounded_bytes(size_t N, size_t K) {
-  return (size_t)thread_count() * I8_BLOCK * padded_to(N, 64) + padded_to(K * sizeof(float), 64);
+  return (size_t)thread_count() * rounded_rows(N) * padded_to(N, 64) + padded_to(K * sizeof(float), 64);
 }
 
 // One row of codes q (=) [N]; returns its scale, NaN where the row is not finite.
@@ -1209,12 +1230,13 @@ static float round_row(int8_t *RESTRICT q, const float *RESTRICT dy, const float
 
 static void gemm_i8_rounded(float *dx, const float *dy, const float *gamma, const uint8_t *panels, size_t M, size_t N, size_t K,
                             uint32_t key, void *scratch) {
-  size_t threads = (size_t)thread_count(), stride = padded_to(N, 64), step = i8_step(M);
-  float *ones = (float *)((char *)scratch + threads * I8_BLOCK * stride);
+  size_t threads = (size_t)thread_count(), stride = padded_to(N, 64), room = rounded_rows(N) * stride, step = i8_step(M);
+  float *ones = (float *)((char *)scratch + threads * room);
+  if (step > rounded_rows(N)) step = rounded_rows(N);
   for (size_t k = 0; k < K; k++) ones[k] = 1;
 #pragma omp parallel
   {
-    int8_t *q = (int8_t *)scratch + (size_t)thread_index() * I8_BLOCK * stride;
+    int8_t *q = (int8_t *)scratch + (size_t)thread_index() * room;
     float s[I8_BLOCK];
     int32_t excess[I8_BLOCK];
     if (amx_ready()) amx_begin();

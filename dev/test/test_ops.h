@@ -520,6 +520,34 @@ static void test_gemm_i8(void) {
   }
 }
 
+// A gradient so wide that the room for codes holds a few rows only: every row as its definition says, for any number of threads.
+static void test_gemm_i8_rounded(void) {
+  enum { M = 70, N = 40000, K = 4 };
+  float *dy = normals_((size_t)M * N, 0, 1), *gamma = host_floats_(N), *want = host_floats_(M * K), *got = host_floats_(M * K);
+  int8_t *t = (int8_t *)host_memory_((size_t)N * K);
+  uint8_t *panels = (uint8_t *)dev_memory_(ternary_panel_bytes(K, N));
+  for (size_t n = 0; n < N; n++) gamma[n] = n % 2 ? 0.5f : 1.0f;
+  for (size_t i = 0; i < (size_t)N * K; i++) t[i] = (int8_t)(test_below_(3) - 1);
+  ternary_pack_transposed(panels, t, N, K);
+  for (size_t r = 0; r < M; r++) {
+    float top = 0;
+    for (size_t n = 0; n < N; n++) top = fabsf(dy[r * N + n] * gamma[n]) > top ? fabsf(dy[r * N + n] * gamma[n]) : top;
+    for (size_t c = 0; c < K; c++) {
+      int32_t sum = 0;
+      for (size_t n = 0; n < N; n++) sum += noisy_code(dy[r * N + n] * gamma[n] * (127.0f / top), noise_at(5, (uint32_t)(r * N + n))) * t[n * K + c];
+      want[r * K + c] = (float)sum * (top / 127.0f);
+    }
+  }
+  for (int threads = 1; threads <= 3; threads++) {
+    set_threads_(threads);
+    memset(got, 0, M * K * sizeof(float));
+    gemm_i8_rounded(got, dy, gamma, panels, M, N, K, 5, dev_memory_(gemm_i8_rounded_bytes(N, K)));
+    CHECK_CLOSE("dx of wide rows", got, want, M * K, 1e-6);
+  }
+  set_threads_(0);
+  end_test_();
+}
+
 // The kernel of this machine against its twin in plain C, in both forms in which gemm_i8 calls it.
 static void test_gemm_i8_twin(void) {
   for (size_t K = 1; K <= 1200; K += K < 20 ? 1 : K < 200 ? 11 : 126) {
@@ -1292,6 +1320,7 @@ static void test_rows_alone(void) {
   {"exp_fast", "error of the fast exponential", test_exp_fast},                          \
   {"gemm_i8", "int8 x ternary at odd shapes, exact sums", test_gemm_i8},                 \
   {"gemm_i8_twin", "the fast integer kernels and their plain twin", test_gemm_i8_twin},  \
+  {"gemm_i8_rounded", "integer gradients of rows too wide for the room for codes", test_gemm_i8_rounded}, \
   {"gemm_float", "float products in every form at odd shapes", test_gemm_float},             \
   {"block_product", "the products of attention at odd shapes", test_block_product},
 #else
