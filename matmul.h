@@ -278,15 +278,39 @@ static inline float round_bf16(float x) {
   return x;
 }
 
+// y (=) [m,n], rows `stride` apart, the transpose of x [n,m], whose rows lie ldx apart.
+static void transpose(float *y, size_t stride, const float *x, size_t ldx, size_t m, size_t n) {
+#ifdef BITNET_VNNI
+  for (size_t i = 0; i < m; i += 16) {
+    for (size_t k = 0; k < n; k += 16) {
+      __m512i t[16];
+      size_t rows = m - i < 16 ? m - i : 16, columns = n - k < 16 ? n - k : 16;
+      for (size_t c = 0; c < 16; c++)
+        t[c] = c < columns ? _mm512_maskz_loadu_epi32(lanes16(rows), x + (k + c) * ldx + i) : _mm512_setzero_si512();
+      transpose16(t);
+      for (size_t r = 0; r < rows; r++) _mm512_mask_storeu_epi32(y + (i + r) * stride + k, lanes16(columns), t[r]);
+    }
+  }
+#else
+  for (size_t i = 0; i < m; i++) {
+    for (size_t k = 0; k < n; k++) y[i * stride + k] = x[k * ldx + i];
+  }
+#endif
+}
+
 // ---- fp32: panels of A are [kc][MR], of B [kc][NR] ----
 
 static void pack_a_f32(void *panel, const Product *g, size_t i0, size_t p0, size_t kc) {
   float *RESTRICT out = (float *)panel;
   size_t rows = g->M - i0 < MR ? g->M - i0 : (size_t)MR;
+  const float *a = g->A + i0 * g->a_row + p0 * g->a_col;
   if (rows < MR) memset(out, 0, kc * MR * sizeof(float));
-  for (size_t i = 0; i < rows; i++) {
-    const float *a = g->A + (i0 + i) * g->a_row + p0 * g->a_col;
-    for (size_t p = 0; p < kc; p++) out[p * MR + i] = a[p * g->a_col];
+  if (g->a_col == 1) {
+    transpose(out, MR, a, g->a_row, kc, rows);
+  } else {
+    for (size_t p = 0; p < kc; p++) {
+      for (size_t i = 0; i < rows; i++) out[p * MR + i] = a[p * g->a_col + i * g->a_row];
+    }
   }
   if (g->a_scale) {
     for (size_t p = 0; p < kc; p++) {
@@ -313,7 +337,9 @@ static void pack_b_f32(void *panel, const Product *g, size_t j0, size_t p0, size
         for (size_t j = 0; j < cols; j++) out[p * NR + j] = (float)g->B_codes[first + p * g->b_row + j];
       }
     }
-  } else {               // columns are contiguous: transpose
+  } else if (g->B && g->b_row == 1) {   // columns of B are: transpose
+    transpose(out, NR, g->B + first, g->b_col, kc, cols);
+  } else {
     for (size_t j = 0; j < cols; j++) {
       if (g->B) {
         for (size_t p = 0; p < kc; p++) out[p * NR + j] = g->B[first + p * g->b_row + j * g->b_col];
@@ -338,6 +364,7 @@ static void tile_f32(float *c, size_t ldc, int load, const void *a_panel, const 
     acc[i][0] = load ? *(const vfloat_anywhere *)(c + (size_t)i * ldc) : (vfloat){0};
     acc[i][1] = load ? *(const vfloat_anywhere *)(c + (size_t)i * ldc + VL) : (vfloat){0};
   }
+#pragma GCC unroll 2   // counting takes slots of the units that multiply
   for (size_t p = 0; p < kc; p++) {
     vfloat b0 = *(const vfloat *)(b + p * NR), b1 = *(const vfloat *)(b + p * NR + VL);
 #pragma GCC unroll 16
@@ -798,26 +825,6 @@ static void pack_right(const Kernel *k, void *right, const float *x, size_t row,
   for (size_t j = 0; j < N; j += k->nr) k->pack_b((char *)right + right_bytes(k, K, j), &g, j, 0, K);
 }
 
-// y (=) [m,n], rows `stride` apart, the transpose of x [n,m], whose rows lie ldx apart.
-static void transpose(float *y, size_t stride, const float *x, size_t ldx, size_t m, size_t n) {
-#ifdef BITNET_VNNI
-  for (size_t i = 0; i < m; i += 16) {
-    for (size_t k = 0; k < n; k += 16) {
-      __m512i t[16];
-      size_t rows = m - i < 16 ? m - i : 16, columns = n - k < 16 ? n - k : 16;
-      for (size_t c = 0; c < 16; c++)
-        t[c] = c < columns ? _mm512_maskz_loadu_epi32(lanes16(rows), x + (k + c) * ldx + i) : _mm512_setzero_si512();
-      transpose16(t);
-      for (size_t r = 0; r < rows; r++) _mm512_mask_storeu_epi32(y + (i + r) * stride + k, lanes16(columns), t[r]);
-    }
-  }
-#else
-  for (size_t i = 0; i < m; i++) {
-    for (size_t k = 0; k < n; k++) y[i * stride + k] = x[k * ldx + i];
-  }
-#endif
-}
-
 // One element (i, p) of a left operand with K columns (=).
 static inline void left_put(const Kernel *k, void *left, size_t K, size_t i, size_t p, float x, int precision) {
   char *panel = (char *)left + left_bytes(k, i / k->mr * k->mr, K);
@@ -984,7 +991,7 @@ static inline __attribute__((always_inline)) void tile_i8(int32_t *sums, const i
         for (int v = 0; v < vectors; v++) acc[i][v] = ivec_zero();
       }
       size_t whole = end < K / 4 ? end : K / 4;
-#pragma GCC unroll 4   // counting takes slots of the units that multiply
+#pragma GCC unroll 4   // see tile_f32
       for (size_t g = first; g < whole; g++) tile_step(acc, panels + g * 64, groups * 64, v0, q + 4 * g, K, rows, vectors);
       for (size_t g = whole; g < end; g++) tile_step(acc, panels + g * 64, groups * 64, v0, last, 4, rows, vectors);
 #pragma GCC unroll 8
