@@ -8,10 +8,10 @@ What it is:  three products, the large ones packed into panels and blocked for r
                block_product   what attention multiplies: small blocks that the caller has packed
              in several kernels, chosen when the program is compiled for the machine's instructions:
                fp32      vectors of the compiler, any machine           int8   plain C, any machine
-               bf16      AVX-512 BF16, 2 products a lane                       vectors.h: AVX-512, AVX-VNNI, AVX2, NEON
+               bf16      AVX-512 BF16 of AMD, 2 products a lane                vectors.h: AVX-512, AVX-VNNI, AVX2, NEON
                bf16      ARM BF16, 2 x 2 x 4 in one instruction
                bf16      AMX, 16 x 16 x 32 in one instruction                  AMX, 16 x 16 x 64 in one instruction
-             Without bf16 instructions the fp32 kernel multiplies numbers that were rounded to bf16 when they were packed.
+             Without fast bf16 instructions the fp32 kernel multiplies numbers that were rounded to bf16 when they were packed.
 What not:    no policy and no shapes of the network; train_bitnet.c decides what is multiplied by what.
 Read before: bitnet/ops.h.
 Defines:     exp_fast; Product, gemm, gemm_scratch_bytes; pack_left, pack_right, left_put,
@@ -43,7 +43,8 @@ any kernel may take any part.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && !defined(BITNET_SCALAR) && !defined(BITNET_FLOAT64)
 #include <immintrin.h>
 #define BITNET_VNNI 1
-#ifdef __AVX512BF16__
+// Intel's cores, which have FP16, too, sum bf16 products at half the speed of fp32 ones, AMD's at twice: the former take AMX or fp32.
+#if defined(__AVX512BF16__) && !defined(__AVX512FP16__)
 #define BITNET_BF16 1
 #endif
 #if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
@@ -384,7 +385,7 @@ static const Kernel kernel_f32 = {MR, NR, 256, 1, sizeof(float), 192, 384, pack_
 
 // ---- bf16: two neighbouring k share a 32-bit word; panels are words ----
 
-#if defined(BITNET_BF16) && !defined(BITNET_BFMMLA)
+#if defined(BITNET_VNNI) && (defined(BITNET_BF16) || defined(BITNET_AMX))
 // One operand as packing sees it: element (x, k), where x is a row of A or a column of B. One of the strides is 1.
 typedef struct {
   const float *f;       // floats, or
@@ -461,6 +462,20 @@ static inline __attribute__((always_inline)) void load_pairs(__m512i t[16], cons
   }
 }
 
+// Panels of B: [kc/2][32] words.
+static void pack_b_bf16(void *panel, const Product *g, size_t j0, size_t p0, size_t kc) {
+  uint32_t *out = (uint32_t *)panel;
+  Operand o = operand_b(g);
+  for (size_t k = 0; k < kc; k += 32) {
+    for (size_t half = 0; half < 2; half++) {
+      __m512i t[16];
+      load_pairs(t, &o, j0 + 16 * half, p0 + k, p0 + kc, 0);
+      for (size_t pair = 0; pair < 16; pair++) _mm512_storeu_si512(out + (k / 2 + pair) * 32 + 16 * half, t[pair]);
+    }
+  }
+}
+
+#ifdef BITNET_BF16
 enum { BF_MR = 12 };   // 24 accumulators, two vectors of B, one of A
 
 // Panels of A: [kc/2][12] words.
@@ -472,19 +487,6 @@ static void pack_a_bf16(void *panel, const Product *g, size_t i0, size_t p0, siz
     __m512i t[16];
     load_pairs(t, &o, i0, p0 + k, p0 + kc, 0);
     for (size_t pair = 0; pair < 16; pair++) _mm512_mask_storeu_epi32(out + (k / 2 + pair) * BF_MR, 0x0FFF, t[pair]);
-  }
-}
-
-// Panels of B: [kc/2][32] words.
-static void pack_b_bf16(void *panel, const Product *g, size_t j0, size_t p0, size_t kc) {
-  uint32_t *out = (uint32_t *)panel;
-  Operand o = operand_b(g);
-  for (size_t k = 0; k < kc; k += 32) {
-    for (size_t half = 0; half < 2; half++) {
-      __m512i t[16];
-      load_pairs(t, &o, j0 + 16 * half, p0 + k, p0 + kc, 0);
-      for (size_t pair = 0; pair < 16; pair++) _mm512_storeu_si512(out + (k / 2 + pair) * 32 + 16 * half, t[pair]);
-    }
   }
 }
 
@@ -513,6 +515,7 @@ static void tile_bf16(float *c, size_t ldc, int load, const void *a_panel, const
 }
 
 static const Kernel kernel_bf16 = {BF_MR, 32, 256, 32, 2, 192, 384, pack_a_bf16, pack_b_bf16, tile_bf16, 0};
+#endif
 #endif
 
 // ---- bf16 of ARM: one instruction multiplies 2 rows of four k by 2 columns ----
