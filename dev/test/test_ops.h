@@ -455,6 +455,20 @@ static void test_schedules(void) {
   CHECK(wd_at(&s, 0) == 0.1 && wd_at(&s, 54) == 0.1 && wd_at(&s, 55) == 0, "weight decay %g %g", wd_at(&s, 54), wd_at(&s, 55));
 }
 
+// What an integer gradient is: want (=) [R,K] from dy [R,N] times gamma [N], each row rounded at random with the numbers of `key`, and codes t [N,K].
+static void rounded_gradient_(float *want, const float *dy, const float *gamma, const int8_t *t, size_t R, size_t N, size_t K, uint32_t key) {
+  for (size_t r = 0; r < R; r++) {
+    float top = 0;
+    for (size_t n = 0; n < N; n++) top = fabsf(dy[r * N + n] * gamma[n]) > top ? fabsf(dy[r * N + n] * gamma[n]) : top;
+    for (size_t c = 0; c < K; c++) {
+      int32_t sum = 0;
+      for (size_t n = 0; n < N && top > 0; n++)
+        sum += noisy_code(dy[r * N + n] * gamma[n] * (127.0f / top), noise_at(key, (uint32_t)(r * N + n))) * t[n * K + c];
+      want[r * K + c] = (float)sum * (top / 127.0f);
+    }
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // Products of the CPU.
 
@@ -529,15 +543,7 @@ static void test_gemm_i8_rounded(void) {
   for (size_t n = 0; n < N; n++) gamma[n] = n % 2 ? 0.5f : 1.0f;
   for (size_t i = 0; i < (size_t)N * K; i++) t[i] = (int8_t)(test_below_(3) - 1);
   ternary_pack_transposed(panels, t, N, K);
-  for (size_t r = 0; r < M; r++) {
-    float top = 0;
-    for (size_t n = 0; n < N; n++) top = fabsf(dy[r * N + n] * gamma[n]) > top ? fabsf(dy[r * N + n] * gamma[n]) : top;
-    for (size_t c = 0; c < K; c++) {
-      int32_t sum = 0;
-      for (size_t n = 0; n < N; n++) sum += noisy_code(dy[r * N + n] * gamma[n] * (127.0f / top), noise_at(5, (uint32_t)(r * N + n))) * t[n * K + c];
-      want[r * K + c] = (float)sum * (top / 127.0f);
-    }
-  }
+  rounded_gradient_(want, dy, gamma, t, M, N, K, 5);
   for (int threads = 1; threads <= 3; threads++) {
     set_threads_(threads);
     memset(got, 0, M * K * sizeof(float));
@@ -761,16 +767,7 @@ static void test_dx_int8(void) {
     bitlinear_backward(dx, dw, NULL, dev_dy, &q, &w, R);
     float *got = read_acts_(dx, R * K);
     if (k == 0) {
-      for (size_t r = 0; r < R; r++) {
-        float top = 0;
-        for (size_t n = 0; n < N; n++) top = fabsf(dy[r * N + n] * gamma[n]) > top ? fabsf(dy[r * N + n] * gamma[n]) : top;
-        for (size_t c = 0; c < K; c++) {
-          int32_t sum = 0;
-          for (size_t n = 0; n < N && top > 0; n++)
-            sum += noisy_code(dy[r * N + n] * gamma[n] * (127.0f / top), noise_at(77, (uint32_t)(r * N + n))) * t[n * K + c];
-          want[r * K + c] = (float)sum * (top / 127.0f);
-        }
-      }
+      rounded_gradient_(want, dy, gamma, t, R, N, K, 77);
       CHECK_CLOSE("dx from the codes", got, want, R * K, 1e-6);
       first = got;
     }
