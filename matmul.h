@@ -869,7 +869,7 @@ enum {
   I8_WIDTH = 16, I8_ROWS = 6,
   I8_BLOCK = 256,        // rows that a thread takes at a time
   I8_ROUNDED = 1 << 20,  // bytes of codes that it makes of a gradient at a time
-  I8_CACHE = 3 << 19     // bytes of a result for each thread that the caches keep
+  I8_CACHE = 5 << 20     // bytes of a result for each thread that the caches keep
 };
 
 // Groups of four k in a panel.
@@ -1126,6 +1126,11 @@ static void i8_block(const I8Result *r, const int8_t *q, const uint8_t *panels, 
     for (; amx_ready() && i + 32 <= rows; i += 32) {
       for (size_t j = 0; j + 2 <= width; j += 2) {
         int32_t sums[32 * 32] __attribute__((aligned(64)));
+        for (size_t t = 0; r->residual && t < 32; t++) {
+          const float *next = r->residual + (m0 + i + t) * r->N + (p + j) * I8_WIDTH;
+          __builtin_prefetch(next);
+          __builtin_prefetch(next + 16);
+        }
         tile_i8_amx(sums, q + (m0 + i) * K, w + j * stride, K);
         i8_store_rows(r, sums, excess + i, m0 + i, 32, (p + j) * I8_WIDTH, 32);
       }
@@ -1218,8 +1223,10 @@ static size_t gemm_i8_rounded_bytes(size_t N, size_t K) {
   return (size_t)thread_count() * rounded_rows(N) * padded_to(N, 64) + padded_to(K * sizeof(float), 64);
 }
 
-// One row of codes q (=) [N]; returns its scale, NaN where the row is not finite.
-static float round_row(int8_t *RESTRICT q, const float *RESTRICT dy, const float *RESTRICT gamma, size_t N, uint32_t key, uint32_t row) {
+// One row of codes q (=) [N]; *sum (=) what they add up to. Returns the scale, NaN where the row is not finite. Plain: any machine, and
+// what the tests compare with.
+UNUSED static float round_row_scalar(int8_t *RESTRICT q, int32_t *sum, const float *RESTRICT dy, const float *RESTRICT gamma, size_t N,
+                                     uint32_t key, uint32_t row) {
   float top = 0, bad = 0;
 #pragma omp simd reduction(max : top) reduction(+ : bad)
   for (size_t n = 0; n < N; n++) {
@@ -1235,8 +1242,53 @@ static float round_row(int8_t *RESTRICT q, const float *RESTRICT dy, const float
     v = v < 127.0f ? v : 127.0f;
     q[n] = (int8_t)noisy_code(v > -127.0f ? v : -127.0f, noise_at(key, first + (uint32_t)n));
   }
+  *sum = 0;
+  for (size_t n = 0; n < N; n++) *sum += q[n];
   return top / 127.0f + bad;
 }
+
+#ifdef BITNET_VNNI
+// Sixteen places, or fewer in `lanes`: noise_at and noisy_code. place: index * 0x9E3779B1 of each. Returns the codes.
+static inline __attribute__((always_inline)) __m512i round16(int8_t *q, const float *dy, const float *gamma, __mmask16 lanes,
+                                                             __m512i place, __m512i key, __m512 inverse) {
+  __m512i x = _mm512_xor_si512(place, key);
+  x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), _mm512_set1_epi32((int)0x85EBCA6Bu));
+  x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 13)), _mm512_set1_epi32((int)0xC2B2AE35u));
+  __m512 u = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(x, 16)), _mm512_set1_ps(1.0f / 65536.0f));
+  __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, dy), _mm512_maskz_loadu_ps(lanes, gamma)), inverse);
+  v = _mm512_max_ps(_mm512_min_ps(v, _mm512_set1_ps(127)), _mm512_set1_ps(-127));
+  __m512i code = _mm512_cvttps_epi32(_mm512_add_ps(_mm512_add_ps(v, u), _mm512_set1_ps(128)));
+  code = _mm512_maskz_sub_epi32(lanes, code, _mm512_set1_epi32(128));
+  if (lanes == 0xFFFF) _mm_storeu_si128((__m128i *)q, _mm512_cvtepi32_epi8(code));
+  else _mm_mask_storeu_epi8(q, lanes, _mm512_cvtepi32_epi8(code));
+  return code;
+}
+
+// What compilers make of the plain loops multiplies once more for each number, to find its place, and reads the codes again for their sum.
+static float round_row(int8_t *RESTRICT q, int32_t *sum, const float *RESTRICT dy, const float *RESTRICT gamma, size_t N, uint32_t key,
+                       uint32_t row) {
+  __m512 top = _mm512_setzero_ps(), bad = top;
+  for (size_t n = 0; n < N; n += 16) {
+    __mmask16 lanes = lanes16(N - n);
+    __m512 a = _mm512_abs_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, dy + n), _mm512_maskz_loadu_ps(lanes, gamma + n)));
+    top = _mm512_max_ps(a, top);   // of a NaN and a number the second, so that NaN does not stay
+    bad = _mm512_fmadd_ps(a, _mm512_setzero_ps(), bad);
+  }
+  float highest = _mm512_reduce_max_ps(top);
+  const __m512 inverse = _mm512_set1_ps(highest > 1e-30f ? 127.0f / highest : 0.0f);
+  const __m512i golden = _mm512_set1_epi32((int)0x9E3779B1u), step = _mm512_slli_epi32(golden, 4), word = _mm512_set1_epi32((int)key);
+  __m512i place = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), sums = _mm512_setzero_si512();
+  place = _mm512_mullo_epi32(_mm512_add_epi32(place, _mm512_set1_epi32((int)(row * (uint32_t)N))), golden);
+  size_t n = 0;
+  for (; n + 16 <= N; n += 16, place = _mm512_add_epi32(place, step))
+    sums = _mm512_add_epi32(sums, round16(q + n, dy + n, gamma + n, 0xFFFF, place, word, inverse));
+  if (n < N) sums = _mm512_add_epi32(sums, round16(q + n, dy + n, gamma + n, lanes16(N - n), place, word, inverse));
+  *sum = _mm512_reduce_add_epi32(sums);
+  return highest / 127.0f + _mm512_reduce_add_ps(bad);
+}
+#else
+#define round_row round_row_scalar
+#endif
 
 static void gemm_i8_rounded(float *dx, const float *dy, const float *gamma, const uint8_t *panels, size_t M, size_t N, size_t K,
                             uint32_t key, void *scratch) {
@@ -1255,11 +1307,7 @@ static void gemm_i8_rounded(float *dx, const float *dy, const float *gamma, cons
       size_t rows = M - m0 < step ? M - m0 : step;
       I8Result r = i8_result(dx + m0 * K, NULL, s, ones, NULL, NULL, M, K);
       for (size_t i = 0; i < rows; i++) {
-        int8_t *row = q + i * N;
-        int32_t sum = 0;
-        s[i] = round_row(row, dy + (m0 + i) * N, gamma, N, key, (uint32_t)(m0 + i));
-        for (size_t n = 0; n < N; n++) sum += row[n];
-        excess[i] = sum;
+        s[i] = round_row(q + i * N, &excess[i], dy + (m0 + i) * N, gamma, N, key, (uint32_t)(m0 + i));
       }
       i8_block(&r, q, panels, excess, 0, rows, 0, (K + I8_WIDTH - 1) / I8_WIDTH, N);
     }

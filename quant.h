@@ -88,8 +88,7 @@ QUANT_FN float noise_at(uint32_t key, uint32_t index) {
   x ^= x >> 16;
   x *= 0x85EBCA6Bu;
   x ^= x >> 13;
-  x *= 0xC2B2AE35u;
-  x ^= x >> 16;
+  x *= 0xC2B2AE35u;   // the last step of the finaliser, x ^= x >> 16, leaves the upper half as it is
   return (float)(int)(x >> 16) * (1.0f / 65536.0f);
 }
 

@@ -246,15 +246,14 @@ int ops_row_block(void) {
   return 1024;
 }
 
-// The largest of: packed operands of a product; two rows for each thread; one partial sum for each chunk of rows; a number for each
-// row and thread; unpacked weights.
+// The largest of: packed operands of a product; two rows for each thread beside one partial sum for each chunk of rows; a number for
+// each row and thread; unpacked weights.
 size_t ops_scratch_bytes(size_t max_rows, size_t max_n, size_t max_k) {
   size_t width = max_n > max_k ? max_n : max_k;
   size_t rows = (size_t)thread_count() * 2 * width * sizeof(float);
-  size_t chunks = (max_rows / ROWS_PER_CHUNK + 1) * width * sizeof(float);
+  size_t chunks = rows + (max_rows / ROWS_PER_CHUNK + 1) * width * sizeof(float);
   size_t most = gemm_scratch_bytes(max_rows, max_n, max_k);
   size_t numbers = (size_t)thread_count() * max_rows * sizeof(float);
-  if (rows > most) most = rows;
   if (numbers > most) most = numbers;
   if (gemm_i8_rounded_bytes(max_n, max_k) > most) most = gemm_i8_rounded_bytes(max_n, max_k);
   if (packed_scratch_bytes(max_rows, max_k) > most) most = packed_scratch_bytes(max_rows, max_k);
@@ -1184,14 +1183,14 @@ static void glu_row(float *RESTRICT u, const float *RESTRICT gate_up, size_t F, 
   }
 }
 
-// One row of the backward pass: dgate (=), dup (=) [F] from du, which may be dup.
-static inline __attribute__((always_inline)) void glu_slope_row(float *dgate, float *dup, const float *du, const float *RESTRICT gate,
-                                                                const float *RESTRICT up, size_t F, int act) {
+// One row of the backward pass: dgate, dup side by side (=) [2F] from du [F] and gate, up side by side [2F], which may be the same row.
+static inline __attribute__((always_inline)) void glu_slope_row(float *dgate_up, const float *du, const float *gate_up, size_t F,
+                                                                int act) {
 #pragma omp simd
   for (size_t f = 0; f < F; f++) {
-    float d = du[f];
-    dgate[f] = d * up[f] * gate_slope(gate[f], act);
-    dup[f] = d * gate_value(gate[f], act);
+    float d = du[f], gate = gate_up[f], up = gate_up[F + f];
+    dgate_up[f] = d * up * gate_slope(gate, act);
+    dgate_up[F + f] = d * gate_value(gate, act);
   }
 }
 
@@ -1215,27 +1214,28 @@ u = act(gate) * up,  y = rmsnorm(u) (or y = u)
   du     from dy as in rmsnorm_backward; u is recomputed from gate_up, which is cheaper than storing it
   dup    = du * act(gate)
   dgate  = du * up * act'(gate)
-The quantiser behind y is straight-through: its gradient is dy itself.
+The quantiser behind y is straight-through: its gradient is dy itself. A row of gate_up is read before the same row of dgate_up is
+written, so the two may be one: these are the widest activations of the network, and what is not written need not be fetched.
 */
-void glu_backward(floatX *dgate_up, float *dgain, floatX *dout, const floatX *gate_up, const float *gain, const float *rstd,
+void glu_backward(floatX *dgate_up, float *dgain, const floatX *dout, const floatX *gate_up, const float *gain, const float *rstd,
                   int R, int F, int act) {
   int chunks = (R + ROWS_PER_CHUNK - 1) / ROWS_PER_CHUNK;
-  float *partial = scratch_floats((size_t)(gain ? chunks : 0) * F);
+  float *rows = scratch_floats((size_t)(gain ? 2 * thread_count() + chunks : 0) * F), *partial = rows + (size_t)2 * thread_count() * F;
 #pragma omp parallel for schedule(static)
   for (int k = 0; k < chunks; k++) {
-    float *dg = partial + (size_t)k * F;
+    float *dg = partial + (size_t)k * F, *u = rows + (size_t)thread_index() * 2 * F, *du_row = u + F;
     if (gain) memset(dg, 0, (size_t)F * sizeof(float));
     for (int r = k * ROWS_PER_CHUNK; r < R && r < (k + 1) * ROWS_PER_CHUNK; r++) {
-      const float *RESTRICT gate = gate_up + (size_t)r * 2 * F, *RESTRICT up = gate + F;
-      float *RESTRICT dgate = dgate_up + (size_t)r * 2 * F, *RESTRICT dup = dgate + F, *RESTRICT du = dout + (size_t)r * F;
-      if (gain) {   // the row of dgate_up lends its two halves: u in one, du in the other
-        glu_row(dgate, gate, (size_t)F, act);
-        memset(dup, 0, (size_t)F * sizeof(float));
-        rmsnorm_backward_row(dup, dg, du, dgate, gain, rstd[r], (size_t)F);
-        memcpy(du, dup, (size_t)F * sizeof(float));
+      const float *gate = gate_up + (size_t)r * 2 * F, *dy = dout + (size_t)r * F, *du = dy;
+      float *dgate = dgate_up + (size_t)r * 2 * F;
+      if (gain) {
+        glu_row(u, gate, (size_t)F, act);
+        memset(du_row, 0, (size_t)F * sizeof(float));
+        rmsnorm_backward_row(du_row, dg, dy, u, gain, rstd[r], (size_t)F);
+        du = du_row;
       }
-      if (act == ACT_RELU2) glu_slope_row(dgate, dup, du, gate, up, (size_t)F, ACT_RELU2);
-      else glu_slope_row(dgate, dup, du, gate, up, (size_t)F, ACT_SILU);
+      if (act == ACT_RELU2) glu_slope_row(dgate, du, gate, (size_t)F, ACT_RELU2);
+      else glu_slope_row(dgate, du, gate, (size_t)F, ACT_SILU);
     }
   }
   if (gain) fold_chunks(dgain, partial, (size_t)chunks, (size_t)F);

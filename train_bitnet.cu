@@ -532,7 +532,7 @@ __global__ void glu_backward_kernel(floatX *dgate_up, float *partial, const floa
   }
 }
 
-void glu_backward(floatX *dgate_up, float *dgain, floatX *dout, const floatX *gate_up, const float *gain, const float *rstd,
+void glu_backward(floatX *dgate_up, float *dgain, const floatX *dout, const floatX *gate_up, const float *gain, const float *rstd,
                   int R, int F, int act) {
   int rows = chunk_rows(R, MAX_CHUNKS), chunks = (R + rows - 1) / rows;
   int width = width_of((size_t)F);

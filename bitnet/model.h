@@ -285,7 +285,7 @@ typedef struct {
   floatX *dres;              // [R,C] gradient of the residual stream
   floatX *dh;                // gradient of a quantised input: [R, max(C,NH*HS)], or a row block of [R,F]
   floatX *datt;              // [R,NH*HS]
-  floatX *dwide;             // dqkv [R,QKV], or a row block of dgate_up [R,2F]
+  floatX *dwide;             // dqkv [R,QKV], or a row block of dgate_up [R,2F], which takes gate_up's place where that is a block, too
   int head_rows;             // rows of logits that exist at a time
   floatX *logits;            // [head_rows, V]
   float *head_lse;           // [head_rows]
@@ -345,7 +345,7 @@ static void training_layout_(Arena *a, Model *m, int codes_only) {
   size_t R = (size_t)m->R, C = (size_t)c->dim, Q = (size_t)c->heads * (size_t)c->head_dim, F = (size_t)c->ffn_dim,
          QKV = (size_t)config_qkv(c);
   size_t block = row_block_(R), row = R * C * sizeof(floatX);
-  size_t narrow = larger_(R * larger_(C, Q), block * F), wide = larger_(R * QKV, block * 2 * F);
+  size_t narrow = larger_(R * larger_(C, Q), block * F), wide = larger_(R * QKV, codes_only && c->act_bits > 0 ? 0 : block * 2 * F);
   for (int l = 0; l <= c->layers; l++) m->residual[l] = (floatX *)take_(a, row);
   for (int l = 0; l < (m->recompute ? 1 : c->layers); l++) {
     layer_acts_layout(a, &m->acts[l], c, R, codes_only, l > 0 ? &m->acts[l - 1] : NULL);
@@ -742,11 +742,12 @@ UNUSED static void layer_backward(Model *m, int l, const LayerActs *a, const flo
     int n = R - r0 < ops_row_block() ? R - r0 : ops_row_block();
     QAct h3 = rows_of_(&a->h3, r0, C), h4 = rows_of_(&a->h4, r0, F);
     floatX *gate_up = gate_up_rows_(m, a, r0), *dres = m->dres + (size_t)r0 * C;
+    floatX *dgate_up = gate_up_is_block_(m) ? gate_up : m->dwide;
     if (gate_up_is_block_(m)) bitlinear_forward(gate_up, &h3, &w->gate_up, NULL, n);
     BitWeight down = noisy_(&w->down, m, l, 3, r0), gate_up_weight = noisy_(&w->gate_up, m, l, 2, r0);
     bitlinear_backward(m->dh, g + s->down, NULL, dres, &h4, &down, n);
-    glu_backward(m->dwide, slot_(g, s->sub2), m->dh, gate_up, slot_(p, s->sub2), a->rstd4 + r0, n, F, c->activation);
-    bitlinear_backward(m->dh, g + s->gate_up, NULL, m->dwide, &h3, &gate_up_weight, n);
+    glu_backward(dgate_up, slot_(g, s->sub2), m->dh, gate_up, slot_(p, s->sub2), a->rstd4 + r0, n, F, c->activation);
+    bitlinear_backward(m->dh, g + s->gate_up, NULL, dgate_up, &h3, &gate_up_weight, n);
     rmsnorm_backward(dres, g + s->norm2, m->dh, a->mid + (size_t)r0 * C, p + s->norm2, a->rstd3 + r0, n, C);
   }
 

@@ -228,8 +228,8 @@ void attention_cached(floatX *out, void *kcache, void *vcache, const floatX *qkv
 // gate_up [R,2F]: gate in columns 0..F-1, up in F..2F-1.  u = act(gate) * up;  out (=) = Q(rmsnorm(u)), or Q(u) where gain is
 // NULL; rstd (=) [R] where gain is given.
 void glu_quant_forward(QAct *out, float *rstd, const floatX *gate_up, const float *gain, int R, int F, int act, float eps);
-// dgate_up (=) [R,2F], dgain (+=) [F] where gain is given; dout [R,F] is overwritten (used as scratch)
-void glu_backward(floatX *dgate_up, float *dgain, floatX *dout, const floatX *gate_up, const float *gain, const float *rstd,
+// dgate_up (=) [R,2F], which may be gate_up; dgain (+=) [F] where gain is given
+void glu_backward(floatX *dgate_up, float *dgain, const floatX *dout, const floatX *gate_up, const float *gain, const float *rstd,
                   int R, int F, int act);
 
 // ---- loss -------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ static const char *const bench_op_names[OP_COUNT] = {"weight_quantize",
                                                      "attention backward",
                                                      "o backward",
                                                      "gate_up backward",
-                                                     "glu backward",
+                                                     "gate_up, glu backward",
                                                      "down backward",
                                                      "rmsnorm backward x3",
                                                      "classifier backward",
@@ -205,7 +205,7 @@ static double bench_calls_(const Model *m, int op) {
     case OP_UPDATE: return 1;
     case OP_HEAD:
     case OP_HEAD_BACK: return (double)m->R / m->head_rows;
-    case OP_GATE_UP: return 2 * blocks;   // once more in the backward pass
+    case OP_GATE_UP:
     case OP_GLU:
     case OP_DOWN:
     case OP_GATE_UP_BACK:
@@ -259,8 +259,11 @@ static void bench_op_(Bench *x, int op) {
       attention_backward(m->dwide, m->datt, a->att, a->lse, a->qkv, m->start, m->B, m->T, NH, NKV, HS, m->precision);
       break;
     case OP_O_BACK: bitlinear_backward(m->dh, g + s->o, NULL, m->dres, &a->h2, &w->o, R); break;
-    case OP_GATE_UP_BACK: bitlinear_backward(m->dh, g + s->gate_up, NULL, m->dwide, &a->h3, &w->gate_up, block); break;
-    case OP_GLU_BACK: glu_backward(m->dwide, g + s->sub2, m->dh, a->gate_up, p + s->sub2, a->rstd4, block, F, c->activation); break;
+    case OP_GATE_UP_BACK: bitlinear_backward(m->dh, g + s->gate_up, NULL, a->gate_up, &a->h3, &w->gate_up, block); break;
+    case OP_GLU_BACK:
+      bitlinear_forward(a->gate_up, &a->h3, &w->gate_up, NULL, block);
+      glu_backward(a->gate_up, g + s->sub2, m->dh, a->gate_up, p + s->sub2, a->rstd4, block, F, c->activation);
+      break;
     case OP_DOWN_BACK: bitlinear_backward(m->dh, g + s->down, NULL, m->dres, &a->h4, &w->down, block); break;
     case OP_NORM_BACK:
       rmsnorm_backward(m->dres, g + s->norm1, m->dh, m->residual[0], p + s->norm1, a->rstd1, R, C);
@@ -340,12 +343,13 @@ static void bench_products_(const char *only, int dx_int8) {
     for (int k = 0; k < 4; k++) {
       int rows = k < 2 ? m->R : bench_block_(m);
       double ops = 2.0 * rows * w[k]->N * w[k]->K;
+      floatX *y = k == 2 ? m->acts[0].gate_up : m->dwide;
       for (int run = -1; run < BENCH_RUNS; run++) {
         double t0 = time_now();
-        bitlinear_forward(m->dwide, in[k], w[k], NULL, rows);
-        bench_wait_(m->dwide);
+        bitlinear_forward(y, in[k], w[k], NULL, rows);
+        bench_wait_(y);
         double t1 = time_now();
-        bitlinear_backward(m->dh, m->grads + grad[k], NULL, m->dwide, in[k], w[k], rows);
+        bitlinear_backward(m->dh, m->grads + grad[k], NULL, y, in[k], w[k], rows);
         bench_wait_(m->dh);
         if (run >= 0) {
           times[0][run] = t1 - t0;
