@@ -411,6 +411,13 @@ static inline __m512 load16(const Operand *o, size_t at, __mmask16 lanes) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, o->q + at)));
 }
 
+// Pairs (a[i], b[i]) in bf16.
+static inline __m512i woven(__m512 a, __m512 b) {
+  const __m512i weave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
+                                         3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(weave, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+}
+
 /*
 Sixteen x from x0 on and 32 k from k0 on (up to k_end; beyond it zeros) as a 16 x 16 matrix of words, a word being the pair (k, k+1) in
 bf16: by_x: t[x] holds the 16 pairs of one x; else t[pair] holds 16 x. The operand's memory gives one of the two, a transpose the
@@ -441,8 +448,6 @@ static inline __attribute__((always_inline)) void load_pairs(__m512i t[16], cons
     }
     if (!by_x) transpose16(t);
   } else {
-    const __m512i weave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
-                                           19, 3, 18, 2, 17, 1, 16, 0);
     __mmask16 lanes = lanes16(nx);
     for (size_t pair = 0; pair < 16; pair++) {
       size_t k = 2 * pair, at = (k0 + k) * o->sk + x0;
@@ -456,27 +461,60 @@ static inline __attribute__((always_inline)) void load_pairs(__m512i t[16], cons
         a = _mm512_mul_ps(a, _mm512_set1_ps(k < nk ? o->scale[k0 + k] : 0));
         b = _mm512_mul_ps(b, _mm512_set1_ps(k + 1 < nk ? o->scale[k0 + k + 1] : 0));
       }
-      t[pair] = _mm512_permutexvar_epi16(weave, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+      t[pair] = woven(a, b);
     }
     if (by_x) transpose16(t);
   }
 }
 
-// Panels of B: [kc/2][32] words.
-static void pack_b_bf16(void *panel, const Product *g, size_t j0, size_t p0, size_t kc) {
-  uint32_t *out = (uint32_t *)panel;
+// 1 if 16 x from x0 on and n >= 32 k are all there, floats without a scale, and few enough to lie in a cache.
+static inline int whole_floats(const Operand *o, size_t x0, size_t n) {
+  return o->f && o->scale == NULL && x0 + 16 <= o->nx && n >= 32 && o->nk <= KV_BLOCK;
+}
+
+/*
+What attention packs most: whole blocks of floats that need no transpose and have just been written. Loads without masks can take their
+numbers from stores that are still on their way; masked ones wait. The 16 pairs of each of 16 x, rows of `out` 16 words apart:
+*/
+static void whole_by_x(uint32_t *out, const float *f, size_t sx) {
+#pragma GCC unroll 4
+  for (size_t x = 0; x < 16; x++)
+    _mm512_storeu_si512(out + x * 16, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(f + x * sx + 16), _mm512_loadu_ps(f + x * sx)));
+}
+
+// Sixteen x of each of 16 pairs, rows of `out` `apart` words apart.
+static void whole_by_pair(uint32_t *out, size_t apart, const float *f, size_t sk) {
+#pragma GCC unroll 4
+  for (size_t pair = 0; pair < 16; pair++, f += 2 * sk)
+    _mm512_storeu_si512(out + pair * apart, woven(_mm512_loadu_ps(f), _mm512_loadu_ps(f + sk)));
+}
+
+// A panel of B, 32 columns: for each 32 k 16 pairs of 16 columns and 16 of the other 16, the halves half_at and the pairs pair_at words
+// apart.
+static inline __attribute__((always_inline)) void pack_b_words(uint32_t *out, const Product *g, size_t j0, size_t p0, size_t kc,
+                                                               size_t half_at, size_t pair_at) {
   Operand o = operand_b(g);
-  for (size_t k = 0; k < kc; k += 32) {
+  for (size_t k = 0; k < kc; k += 32, out += 512) {
     for (size_t half = 0; half < 2; half++) {
       __m512i t[16];
-      load_pairs(t, &o, j0 + 16 * half, p0 + k, p0 + kc, 0);
-      for (size_t pair = 0; pair < 16; pair++) _mm512_storeu_si512(out + (k / 2 + pair) * 32 + 16 * half, t[pair]);
+      size_t x = j0 + 16 * half;
+      if (whole_floats(&o, x, kc - k) && o.sx == 1) {
+        whole_by_pair(out + half * half_at, pair_at, o.f + x + (p0 + k) * o.sk, o.sk);
+        continue;
+      }
+      load_pairs(t, &o, x, p0 + k, p0 + kc, 0);
+      for (size_t pair = 0; pair < 16; pair++) _mm512_storeu_si512(out + half * half_at + pair * pair_at, t[pair]);
     }
   }
 }
 
 #ifdef BITNET_BF16
 enum { BF_MR = 12 };   // 24 accumulators, two vectors of B, one of A
+
+// Panels of B: [kc/2][32] words.
+static void pack_b_bf16(void *panel, const Product *g, size_t j0, size_t p0, size_t kc) {
+  pack_b_words((uint32_t *)panel, g, j0, p0, kc, 16, 32);
+}
 
 // Panels of A: [kc/2][12] words.
 static void pack_a_bf16(void *panel, const Product *g, size_t i0, size_t p0, size_t kc) {
@@ -598,10 +636,20 @@ static void pack_a_amx(void *panel, const Product *g, size_t i0, size_t p0, size
   for (size_t k = 0; k < kc; k += 32) {
     for (size_t half = 0; half < 2; half++, out += 256) {
       __m512i t[16];
-      load_pairs(t, &o, i0 + 16 * half, p0 + k, p0 + kc, 1);
+      size_t x0 = i0 + 16 * half;
+      if (whole_floats(&o, x0, kc - k) && o.sk == 1) {
+        whole_by_x(out, o.f + x0 * o.sx + p0 + k, o.sx);
+        continue;
+      }
+      load_pairs(t, &o, x0, p0 + k, p0 + kc, 1);
       for (size_t x = 0; x < 16; x++) _mm512_storeu_si512(out + x * 16, t[x]);
     }
   }
+}
+
+// Panels of B: for each 32 k, the two tiles of 16 pairs: [kc/32][2][16 pairs][16 words].
+static void pack_b_amx(void *panel, const Product *g, size_t j0, size_t p0, size_t kc) {
+  pack_b_words((uint32_t *)panel, g, j0, p0, kc, 256, 16);
 }
 
 // Two by two tiles of C; a tile instruction multiplies 16 rows of 32 k by 16 columns.
@@ -621,13 +669,13 @@ static void tile_amx(float *c, size_t ldc, int load, const void *a_panel, const 
     _tile_zero(3);
   }
   for (size_t k = 0; k < kc; k += 32, a += 2048, b += 2048) {
+    _tile_loadd(6, b, 64);
     _tile_loadd(4, a, 64);
-    _tile_loadd(6, b, 128);
-    _tile_loadd(7, b + 64, 128);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, a + 1024, 64);
     _tile_dpbf16ps(2, 5, 6);
+    _tile_loadd(7, b + 1024, 64);
+    _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, c, row);
@@ -636,7 +684,7 @@ static void tile_amx(float *c, size_t ldc, int load, const void *a_panel, const 
   _tile_stored(3, c + 16 * ldc + 16, row);
 }
 
-static const Kernel kernel_amx = {32, 32, 512, 32, 2, 384, 384, pack_a_amx, pack_b_bf16, tile_amx, 1};
+static const Kernel kernel_amx = {32, 32, 512, 32, 2, 384, 384, pack_a_amx, pack_b_amx, tile_amx, 1};
 #endif
 
 // The fastest kernel for this precision. The bf16 kernels need operands of which one stride is 1.
@@ -869,7 +917,8 @@ enum {
   I8_WIDTH = 16, I8_ROWS = 6,
   I8_BLOCK = 256,        // rows that a thread takes at a time
   I8_ROUNDED = 1 << 20,  // bytes of codes that it makes of a gradient at a time
-  I8_CACHE = 5 << 20     // bytes of a result for each thread that the caches keep
+  I8_CACHE = 5 << 20,    // bytes of a result for each thread that the caches keep until they are used
+  I8_STREAM = 1 << 20    // and of the residual stream, which is not used before all of it is there
 };
 
 // Groups of four k in a panel.
@@ -1058,9 +1107,9 @@ typedef struct {
 // A result that leaves the caches before it is read again is written past them: an ordinary store would read each line from memory first.
 static I8Result i8_result(float *out, int32_t *exact, const float *s, const float *gamma, const float *bias, const float *residual,
                           size_t M, size_t N) {
-  size_t bytes = M * N * sizeof(float);
+  size_t bytes = M * N * sizeof(float), most = residual ? (size_t)I8_STREAM : (size_t)thread_count() * I8_CACHE;
   int whole = (uintptr_t)out % 64 == 0 && N % 16 == 0;
-  I8Result r = {out, exact, s, gamma, bias, residual, N, whole && bytes > (size_t)thread_count() * I8_CACHE};
+  I8Result r = {out, exact, s, gamma, bias, residual, N, whole && bytes > most};
   return r;
 }
 

@@ -464,10 +464,11 @@ y = g * xh,  xh = x r,  r = (mean x^2 + eps)^(-1/2)           (g and xh are vect
        = r (dxh_c - xh_c mean_k(dxh_k xh_k))
 The second term removes the part of the gradient that points along x: making x longer does not change y.
 
-One row: adds to dx and dg.
+One row: dx (+=) or (=), dg (+=).
 */
-static void rmsnorm_backward_row(float *RESTRICT dx, float *RESTRICT dgain, const float *RESTRICT dy, const float *RESTRICT x,
-                                 const float *RESTRICT gain, float r, size_t C) {
+static inline __attribute__((always_inline)) void rmsnorm_backward_row(float *RESTRICT dx, float *RESTRICT dgain,
+                                                                       const float *RESTRICT dy, const float *RESTRICT x,
+                                                                       const float *RESTRICT gain, float r, size_t C, int add) {
   float dot = 0;
 #pragma omp simd reduction(+ : dot)
   for (size_t c = 0; c < C; c++) dot += gain[c] * dy[c] * (x[c] * r);
@@ -475,12 +476,12 @@ static void rmsnorm_backward_row(float *RESTRICT dx, float *RESTRICT dgain, cons
   for (size_t c = 0; c < C; c++) {
     float xh = x[c] * r;
     dgain[c] += dy[c] * xh;
-    dx[c] += r * (gain[c] * dy[c] - xh * mean);
+    dx[c] = (add ? dx[c] : 0.0f) + r * (gain[c] * dy[c] - xh * mean);
   }
 }
 
 void rmsnorm_backward(floatX *dx, float *dgain, const floatX *dout, const floatX *x, const float *gain, const float *rstd, int R,
-                      int C) {
+                      int C, int add) {
   int chunks = (R + ROWS_PER_CHUNK - 1) / ROWS_PER_CHUNK;
   float *partial = scratch_floats((size_t)chunks * C);
 #pragma omp parallel for schedule(static)
@@ -489,7 +490,8 @@ void rmsnorm_backward(floatX *dx, float *dgain, const floatX *dout, const floatX
     memset(dg, 0, (size_t)C * sizeof(float));
     for (int r = k * ROWS_PER_CHUNK; r < R && r < (k + 1) * ROWS_PER_CHUNK; r++) {
       size_t at = (size_t)r * C;
-      rmsnorm_backward_row(dx + at, dg, dout + at, x + at, gain, rstd[r], (size_t)C);
+      if (add) rmsnorm_backward_row(dx + at, dg, dout + at, x + at, gain, rstd[r], (size_t)C, 1);
+      else rmsnorm_backward_row(dx + at, dg, dout + at, x + at, gain, rstd[r], (size_t)C, 0);
     }
   }
   fold_chunks(dgain, partial, (size_t)chunks, (size_t)C);
@@ -531,9 +533,8 @@ void headnorm_backward(floatX *dqkv, float *dqgain, float *dkgain, const floatX 
       for (int h = 0; h < NH + NKV; h++) {
         size_t at = (size_t)r * QKV + (size_t)h * HS;
         memcpy(dy, dqkv + at, (size_t)HS * sizeof(float));
-        memset(dqkv + at, 0, (size_t)HS * sizeof(float));
         rmsnorm_backward_row(dqkv + at, h < NH ? dg : dg + HS, dy, qkv + at, h < NH ? qgain : kgain,
-                             rstd[(size_t)r * (NH + NKV) + h], (size_t)HS);
+                             rstd[(size_t)r * (NH + NKV) + h], (size_t)HS, 0);
       }
     }
   }
@@ -1230,8 +1231,7 @@ void glu_backward(floatX *dgate_up, float *dgain, const floatX *dout, const floa
       float *dgate = dgate_up + (size_t)r * 2 * F;
       if (gain) {
         glu_row(u, gate, (size_t)F, act);
-        memset(du_row, 0, (size_t)F * sizeof(float));
-        rmsnorm_backward_row(du_row, dg, dy, u, gain, rstd[r], (size_t)F);
+        rmsnorm_backward_row(du_row, dg, dy, u, gain, rstd[r], (size_t)F, 0);
         du = du_row;
       }
       if (act == ACT_RELU2) glu_slope_row(dgate, du, gate, (size_t)F, ACT_RELU2);

@@ -305,7 +305,7 @@ rows stay in shared memory [W][C/W] where only their own thread touches them; th
 template <int W>
 __global__ void rmsnorm_backward_kernel(floatX *dx, float *partial, const floatX *dout, const floatX *x, const float *gain,
                                         const float *rstd,
-                                        int R, int C, int rows) {
+                                        int R, int C, int add, int rows) {
   SHARED_DYNAMIC(float, dgain);
   int vectors = C / W, r1 = min((int)(blockIdx.x + 1) * rows, R);
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
@@ -313,7 +313,7 @@ __global__ void rmsnorm_backward_kernel(floatX *dx, float *partial, const floatX
   }
   for (int r = blockIdx.x * rows; r < r1; r++) {
     size_t at = (size_t)r * C;
-    float s = rstd[r], dot = 0, g[W], dy[W], v[W], d[W];
+    float s = rstd[r], dot = 0, g[W], dy[W], v[W], d[W] = {0};
     for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
       load<W>(g, gain + i * W);
       load<W>(dy, dout + at + i * W);
@@ -325,11 +325,11 @@ __global__ void rmsnorm_backward_kernel(floatX *dx, float *partial, const floatX
       load<W>(g, gain + i * W);
       load<W>(dy, dout + at + i * W);
       load<W>(v, x + at + i * W);
-      load<W>(d, dx + at + i * W);
+      if (add) load<W>(d, dx + at + i * W);
       for (int w = 0; w < W; w++) {
-        float xh = v[w] * s;
+        float xh = v[w] * s, before = add ? d[w] : 0.0f;
         dgain[w * vectors + i] += dy[w] * xh;
-        d[w] += s * (g[w] * dy[w] - xh * mean);
+        d[w] = before + s * (g[w] * dy[w] - xh * mean);
       }
       store<W>(dx + at + i * W, d);
     }
@@ -340,7 +340,7 @@ __global__ void rmsnorm_backward_kernel(floatX *dx, float *partial, const floatX
 }
 
 void rmsnorm_backward(floatX *dx, float *dgain, const floatX *dout, const floatX *x, const float *gain, const float *rstd, int R,
-                      int C) {
+                      int C, int add) {
   int rows = chunk_rows(R, MAX_CHUNKS), chunks = (R + rows - 1) / rows;
   int width = width_of((size_t)C);
   scratch_start();
@@ -348,7 +348,7 @@ void rmsnorm_backward(floatX *dx, float *dgain, const floatX *dout, const floatX
   size_t shared = (size_t)C * sizeof(float);
   allow_shared(KERNEL_OF_WIDTH(width, rmsnorm_backward_kernel), shared);
   LAUNCH_WIDTH(width, rmsnorm_backward_kernel, (unsigned)chunks, row_threads(C, width), shared, dx, partial, dout, x, gain, rstd, R,
-               C, rows);
+               C, add, rows);
   fold_chunks(dgain, partial, chunks, C, C);
 }
 

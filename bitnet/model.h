@@ -748,14 +748,13 @@ UNUSED static void layer_backward(Model *m, int l, const LayerActs *a, const flo
     bitlinear_backward(m->dh, g + s->down, NULL, dres, &h4, &down, n);
     glu_backward(dgate_up, slot_(g, s->sub2), m->dh, gate_up, slot_(p, s->sub2), a->rstd4 + r0, n, F, c->activation);
     bitlinear_backward(m->dh, g + s->gate_up, NULL, dgate_up, &h3, &gate_up_weight, n);
-    rmsnorm_backward(dres, g + s->norm2, m->dh, a->mid + (size_t)r0 * C, p + s->norm2, a->rstd3 + r0, n, C);
+    rmsnorm_backward(dres, g + s->norm2, m->dh, a->mid + (size_t)r0 * C, p + s->norm2, a->rstd3 + r0, n, C, 1);
   }
 
   BitWeight o = noisy_(&w->o, m, l, 1, 0), qkv = noisy_(&w->qkv, m, l, 0, 0);
   if (c->attn_sub_norm) {
     bitlinear_backward(m->dh, g + s->o, slot_(g, s->o_bias), m->dres, &a->h2, &o, R);
-    dev_zero(datt, (size_t)R * (size_t)(NH * HS) * sizeof(floatX));
-    rmsnorm_backward(datt, g + s->sub1, m->dh, a->att, p + s->sub1, a->rstd2, R, NH * HS);
+    rmsnorm_backward(datt, g + s->sub1, m->dh, a->att, p + s->sub1, a->rstd2, R, NH * HS, 0);
   } else {
     bitlinear_backward(datt, g + s->o, slot_(g, s->o_bias), m->dres, &a->h2, &o, R);
   }
@@ -764,7 +763,7 @@ UNUSED static void layer_backward(Model *m, int l, const LayerActs *a, const flo
   if (c->qk_norm)
     headnorm_backward(m->dwide, g + s->q_norm, g + s->k_norm, a->qkv_raw, p + s->q_norm, p + s->k_norm, a->rstd_qk, R, NH, NKV, HS);
   bitlinear_backward(m->dh, g + s->qkv, slot_(g, s->qkv_bias), m->dwide, &a->h1, &qkv, R);
-  rmsnorm_backward(m->dres, g + s->norm1, m->dh, x, p + s->norm1, a->rstd1, R, C);
+  rmsnorm_backward(m->dres, g + s->norm1, m->dh, x, p + s->norm1, a->rstd1, R, C, 1);
 }
 
 static Context training_context_(const Model *m) {
@@ -807,9 +806,8 @@ third more work for L times less memory. The output goes to dfinal, which is no 
 UNUSED static void model_backward(Model *m) {
   Context ctx = training_context_(m);
   int L = m->c.layers;
-  dev_zero(m->dres, (size_t)m->R * (size_t)m->c.dim * sizeof(floatX));
   rmsnorm_backward(m->dres, m->grads + m->table.final_norm, m->dfinal, m->residual[L], m->params + m->table.final_norm, m->rstd_final,
-                   m->R, m->c.dim);
+                   m->R, m->c.dim, 0);
   for (int l = L - 1; l >= 0; l--) {
     LayerActs *a = &m->acts[m->recompute ? 0 : l];
     if (m->recompute) layer_forward(m, l, a, m->dfinal, m->residual[l], &ctx);

@@ -147,9 +147,9 @@ void embedding_backward(float *dwte, const floatX *dout, const int *tokens, int 
 
 // out (=) [R,C] = gain * x * rstd,  rstd (=) [R] = 1 / sqrt(mean x^2 + eps)
 void rmsnorm_forward(floatX *out, float *rstd, const floatX *x, const float *gain, int R, int C, float eps);
-// dx (+=) [R,C], dgain (+=) [C]
+// dx [R,C], (+=) where add is 1, else (=); dgain (+=) [C]
 void rmsnorm_backward(floatX *dx, float *dgain, const floatX *dout, const floatX *x, const float *gain, const float *rstd, int R,
-                      int C);
+                      int C, int add);
 // out (=) = Q(x) in the form that out->lambda and out->bits ask for
 void act_quant_forward(QAct *out, const floatX *x, int R, int K);
 // The two above in one pass over the row: out (=) = Q(rmsnorm(x)), rstd (=)

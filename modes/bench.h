@@ -266,9 +266,9 @@ static void bench_op_(Bench *x, int op) {
       break;
     case OP_DOWN_BACK: bitlinear_backward(m->dh, g + s->down, NULL, m->dres, &a->h4, &w->down, block); break;
     case OP_NORM_BACK:
-      rmsnorm_backward(m->dres, g + s->norm1, m->dh, m->residual[0], p + s->norm1, a->rstd1, R, C);
-      rmsnorm_backward(m->datt, g + s->sub1, m->dh, a->att, p + s->sub1, a->rstd2, R, NH * HS);
-      rmsnorm_backward(m->dres, g + s->norm2, m->dh, a->mid, p + s->norm2, a->rstd3, R, C);
+      rmsnorm_backward(m->dres, g + s->norm1, m->dh, m->residual[0], p + s->norm1, a->rstd1, R, C, 1);
+      rmsnorm_backward(m->datt, g + s->sub1, m->dh, a->att, p + s->sub1, a->rstd2, R, NH * HS, 0);
+      rmsnorm_backward(m->dres, g + s->norm2, m->dh, a->mid, p + s->norm2, a->rstd3, R, C, 1);
       break;
     case OP_EMBEDDING:
       embedding_forward(m->residual[0], m->tokens, p + m->table.embed, R, C);

@@ -158,9 +158,9 @@ static void test_rmsnorm(void) {
     Dev<float> ggain(gain), rstd((size_t)R), gdgain(dgain);
     reserve_scratch((size_t)R, (size_t)C, (size_t)C);
     cpu::rmsnorm_forward(want.data(), want_rstd.data(), x.data(), gain.data(), R, C, 1e-5f);
-    cpu::rmsnorm_backward(want_dx.data(), want_dgain.data(), dout.data(), x.data(), gain.data(), want_rstd.data(), R, C);
+    cpu::rmsnorm_backward(want_dx.data(), want_dgain.data(), dout.data(), x.data(), gain.data(), want_rstd.data(), R, C, 1);
     rmsnorm_forward(gout.p, rstd.p, gx.p, ggain.p, R, C, 1e-5f);
-    rmsnorm_backward(gdx.p, gdgain.p, gdout.p, gx.p, ggain.p, rstd.p, R, C);
+    rmsnorm_backward(gdx.p, gdgain.p, gdout.p, gx.p, ggain.p, rstd.p, R, C, 1);
     close_act("out", gout.out(), want);
     close_f32("rstd", rstd.out(), want_rstd);
     close_act("dx", gdx.out(), want_dx);
@@ -980,7 +980,7 @@ static void test_repeatable(void) {
     attention_forward(out.p, lse.p, gqkv.p, gstart.p, B, T, NH, NKV, HS, PRECISION_FP32);
     attention_backward(d.p, gdout.p, out.p, lse.p, gqkv.p, gstart.p, B, T, NH, NKV, HS, PRECISION_FP32);
     embedding_backward(dwte.p, gdout.p, gtokens.p, R, V, C);
-    rmsnorm_backward(out.p, dgain.p, gdout.p, out.p, gain.p, rstd.p, R, C);
+    rmsnorm_backward(out.p, dgain.p, gdout.p, out.p, gain.p, rstd.p, R, C, 1);
     std::vector<Floats> all = {d.out(), dwte.out(), dgain.out(), lse.out()};
     for (size_t i = 0; i < all.size(); i++) {
       if (run) CHECK(all[i] == first[i], "result %zu differs in the second run", i);

@@ -272,7 +272,7 @@ static void test_rmsnorm(void) {
   NEW_ADDED(dx, n);
   NEW_ADDED(dgain, C_);
   f_rmsnorm(&o);
-  rmsnorm_backward(dx, dgain, o.weight, o.in[0], o.in[1], o.aux, o.R, C_);
+  rmsnorm_backward(dx, dgain, o.weight, o.in[0], o.in[1], o.aux, o.R, C_, 1);
   CHECK_ADDED("dgain", o.in[1], dgain, C_, f_rmsnorm, &o);
   o.R = 5;   // rows do not know each other: a few of them show dx
   CHECK_ADDED("dx", o.in[0], dx, few, f_rmsnorm, &o);

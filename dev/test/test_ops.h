@@ -1134,7 +1134,7 @@ static void run_row_ops_(OpResults_ *o, const OpInputs_ *in, int r0, int n) {
   KEEP_ACTS("rmsnorm", y, OC_);
   KEEP_FLOATS("rmsnorm rstd", rstd, 1);
   y = ROWS(in->x, OC_);   // the gradient is added to what is there
-  rmsnorm_backward(y, dgain, dc, x, gain_c, rstd, n, OC_);
+  rmsnorm_backward(y, dgain, dc, x, gain_c, rstd, n, OC_, 1);
   KEEP_ACTS("rmsnorm dx", y, OC_);
   KEEP_SUM("rmsnorm dgain", dgain, OC_);
 

@@ -268,7 +268,7 @@ static void test_ref_rmsnorm(void) {
   rmsnorm_forward(out, rstd, x, gain, R, C, eps);
   expect_act_("rmsnorm.out", out, 1e-6);
   expect_param_("rmsnorm.rstd", rstd, 1e-6);
-  rmsnorm_backward(dx, dgain, ref_act_("rmsnorm.dout"), x, gain, rstd, R, C);
+  rmsnorm_backward(dx, dgain, ref_act_("rmsnorm.dout"), x, gain, rstd, R, C, 1);
   expect_act_added_("rmsnorm.dx", dx, 1e-6);
   expect_param_added_("rmsnorm.dgain", dgain, 1e-6);
 
