@@ -609,6 +609,12 @@ static void check_model(int style, double lambda, int recompute) {
   model_forward(&m);
   rounding_mode = PLAIN;
   CHECK(n_rounding == 4 * c.layers, "%d quantisers in %d layers", n_rounding, c.layers);
+  for (int l = 0; l < (recompute ? 0 : c.layers) && c.activation == ACT_RELU2; l++) {
+    for (int i = 0; i < BT_ * c.ffn_dim; i++) {
+      double gate = m.acts[l].gate_up[i / c.ffn_dim * 2 * c.ffn_dim + i % c.ffn_dim];
+      CHECK(fabs(gate) > 1e-3, "a gate of layer %d is %g: too near to the bend of relu2 to be differentiated", l, gate);
+    }
+  }
   head_cross_entropy(&m, 1);
   double loss = dot(m.losses, m.coef, BT_), rounded = 0;
   model_backward(&m);
@@ -627,12 +633,6 @@ static void check_model(int style, double lambda, int recompute) {
     }
   }
   CHECK(lambda == 0 ? rounded == 0 : rounded > 1, "lambda %g: weights moved by %g in all", lambda, rounded);
-  for (int l = 0; l < (recompute ? 0 : c.layers) && c.activation == ACT_RELU2; l++) {
-    for (int i = 0; i < BT_ * c.ffn_dim; i++) {
-      double gate = m.acts[l].gate_up[i / c.ffn_dim * 2 * c.ffn_dim + i % c.ffn_dim];
-      CHECK(fabs(gate) > 1e-3, "a gate of layer %d is %g: too near to the bend of relu2 to be differentiated", l, gate);
-    }
-  }
   rounding_mode = REPLAY;
   double again = f_model(&smooth);
   CHECK(fabs(again - loss) < 1e-12, "style %d, lambda %g: loss %.15g, of the smooth function %.15g", style, lambda, loss, again);

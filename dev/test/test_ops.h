@@ -554,6 +554,28 @@ static void test_gemm_i8_rounded(void) {
   end_test_();
 }
 
+// Rows rounded at random by this machine's code against its twin in plain C: codes, their sum and the scale, to the last bit.
+static void test_round_row_twin(void) {
+  for (size_t N = 1; N <= 700; N += N < 40 ? 1 : 37) {
+    for (int form = 0; form < 4; form++) {   // ordinary numbers; zeros; one that is not a number; an infinite one
+      float *dy = normals_(N, 0, form == 1 ? 0 : 1e-3), *gamma = normals_(N, 1, 0.2);
+      int8_t *a = (int8_t *)host_memory_(N + 1), *b = (int8_t *)host_memory_(N + 1);
+      int32_t sum_a, sum_b;
+      a[N] = b[N] = 77;
+      if (form >= 2) dy[N / 2] = form == 2 ? NAN : INFINITY;
+      float scale_a = round_row(a, &sum_a, dy, gamma, N, 12345, 6), scale_b = round_row_scalar(b, &sum_b, dy, gamma, N, 12345, 6);
+      if (form >= 2) {   // the scale alone says it
+        CHECK(scale_a != scale_a && scale_b != scale_b, "N = %zu, form %d: scales %g, %g", N, form, (double)scale_a, (double)scale_b);
+      } else {
+        CHECK(same_bits_(a, b, N) && sum_a == sum_b, "N = %zu, form %d: sums %d, %d", N, form, sum_a, sum_b);
+        CHECK(same_bits_(&scale_a, &scale_b, sizeof scale_a), "N = %zu, form %d: scales %g, %g", N, form, (double)scale_a, (double)scale_b);
+      }
+      CHECK(a[N] == 77 && b[N] == 77, "N = %zu: wrote beyond its end", N);
+    }
+    end_test_();
+  }
+}
+
 // The kernel of this machine against its twin in plain C, in both forms in which gemm_i8 calls it.
 static void test_gemm_i8_twin(void) {
   for (size_t K = 1; K <= 1200; K += K < 20 ? 1 : K < 200 ? 11 : 126) {
@@ -1317,6 +1339,7 @@ static void test_rows_alone(void) {
   {"exp_fast", "error of the fast exponential", test_exp_fast},                          \
   {"gemm_i8", "int8 x ternary at odd shapes, exact sums", test_gemm_i8},                 \
   {"gemm_i8_twin", "the fast integer kernels and their plain twin", test_gemm_i8_twin},  \
+  {"round_row_twin", "gradients rounded to int8: this machine's code and plain C", test_round_row_twin}, \
   {"gemm_i8_rounded", "integer gradients of rows too wide for the room for codes", test_gemm_i8_rounded}, \
   {"gemm_float", "float products in every form at odd shapes", test_gemm_float},             \
   {"block_product", "the products of attention at odd shapes", test_block_product},

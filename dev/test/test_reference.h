@@ -271,6 +271,9 @@ static void test_ref_rmsnorm(void) {
   rmsnorm_backward(dx, dgain, ref_act_("rmsnorm.dout"), x, gain, rstd, R, C, 1);
   expect_act_added_("rmsnorm.dx", dx, 1e-6);
   expect_param_added_("rmsnorm.dgain", dgain, 1e-6);
+  dx = ref_act_room_("rmsnorm.dx");   // the same gradient where nothing is to be added to
+  rmsnorm_backward(dx, dgain, ref_act_("rmsnorm.dout"), x, gain, rstd, R, C, 0);
+  expect_act_("rmsnorm.dx", dx, 1e-6);
 
   for (int bits = 4; bits <= 8; bits += 4) {   // the same norm and the quantiser in one pass
     for (int mixed = 0; mixed < 2; mixed++) {
@@ -569,6 +572,8 @@ static void test_ref_glu(void) {
     glu_backward(dgate_up, dgain, ref_act_("glu.dout"), gate_up, gain, rstd, R, F, act);
     expect_act_(ref_name_("%s.dgate_up", op), dgate_up, 1e-6);
     if (norm) expect_param_added_(ref_name_("%s.dgain", op), dgain, 1e-6);
+    glu_backward(gate_up, dgain, ref_act_("glu.dout"), gate_up, gain, rstd, R, F, act);   // the gradient in place of gate_up
+    expect_act_(ref_name_("%s.dgate_up", op), gate_up, 1e-6);
   }
   ref_close_();
 }
