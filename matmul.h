@@ -918,7 +918,8 @@ enum {
   I8_BLOCK = 256,        // rows that a thread takes at a time
   I8_ROUNDED = 1 << 20,  // bytes of codes that it makes of a gradient at a time
   I8_CACHE = 5 << 20,    // bytes of a result for each thread that the caches keep until they are used
-  I8_STREAM = 1 << 20    // and of the residual stream, which is not used before all of it is there
+  I8_STREAM = 1 << 20,   // and of the residual stream, which is not used before all of it is there
+  I8_PANELS = 1 << 20    // bytes of panels that meet 32 rows of AMX after 32
 };
 
 // Groups of four k in a panel.
@@ -1164,32 +1165,46 @@ static inline __attribute__((always_inline)) void i8_store_rows(const I8Result *
   }
 }
 
-// Rows m0 .. m0+rows-1 against panels p0 .. p1-1, which lie at `panels`. excess [rows]: the sum of each row's codes.
-static void i8_block(const I8Result *r, const int8_t *q, const uint8_t *panels, const int32_t *excess, size_t m0, size_t rows,
-                     size_t p0, size_t p1, size_t K) {
-  size_t stride = ternary_groups(K) * I8_WIDTH * 4;
-  for (size_t p = p0; p < p1; p += 4) {
-    size_t width = p1 - p < 4 ? p1 - p : 4, i = 0;
-    const uint8_t *w = panels + (p - p0) * stride;
 #ifdef BITNET_AMX
-    for (; amx_ready() && i + 32 <= rows; i += 32) {
-      for (size_t j = 0; j + 2 <= width; j += 2) {
+// `rows`, a multiple of 32, against panels p0 .. p1-1. As many panels as a core's cache keeps meet 32 rows after 32 rows: results are written
+// along rows, which the hardware foresees, and AMX is so fast that it waits for little else.
+static void i8_block_amx(const I8Result *r, const int8_t *q, const uint8_t *panels, const int32_t *excess, size_t m0, size_t rows,
+                         size_t p0, size_t p1, size_t K) {
+  size_t stride = ternary_groups(K) * I8_WIDTH * 4, step = I8_PANELS / stride / 2 * 2 + 2;
+  for (size_t c0 = p0; c0 < p1; c0 += step) {
+    size_t c1 = p1 - c0 < step ? p1 : c0 + step;
+    for (size_t i = 0; i < rows; i += 32) {
+      size_t p = c0;
+      for (; p + 2 <= c1; p += 2) {
         int32_t sums[32 * 32] __attribute__((aligned(64)));
         for (size_t t = 0; r->residual && t < 32; t++) {
-          const float *next = r->residual + (m0 + i + t) * r->N + (p + j) * I8_WIDTH;
+          const float *next = r->residual + (m0 + i + t) * r->N + p * I8_WIDTH;
           __builtin_prefetch(next);
           __builtin_prefetch(next + 16);
         }
-        tile_i8_amx(sums, q + (m0 + i) * K, w + j * stride, K);
-        i8_store_rows(r, sums, excess + i, m0 + i, 32, (p + j) * I8_WIDTH, 32);
+        tile_i8_amx(sums, q + (m0 + i) * K, panels + (p - p0) * stride, K);
+        i8_store_rows(r, sums, excess + i, m0 + i, 32, p * I8_WIDTH, 32);
       }
-      for (size_t t = 0; t < 32 && width % 2; t++) {   // an odd last panel
+      for (size_t t = 0; t < 32 && p < c1; t++) {   // an odd last panel
         int32_t sums[I8_WIDTH];
-        tile_i8(sums, q + (m0 + i + t) * K, w + (width - 1) * stride, K, 1, 1);
-        i8_store_rows(r, sums, excess + i + t, m0 + i + t, 1, (p + width - 1) * I8_WIDTH, I8_WIDTH);
+        tile_i8(sums, q + (m0 + i + t) * K, panels + (p - p0) * stride, K, 1, 1);
+        i8_store_rows(r, sums, excess + i + t, m0 + i + t, 1, p * I8_WIDTH, I8_WIDTH);
       }
     }
+  }
+}
 #endif
+
+// Rows m0 .. m0+rows-1 against panels p0 .. p1-1, which lie at `panels`. excess [rows]: the sum of each row's codes.
+static void i8_block(const I8Result *r, const int8_t *q, const uint8_t *panels, const int32_t *excess, size_t m0, size_t rows,
+                     size_t p0, size_t p1, size_t K) {
+  size_t stride = ternary_groups(K) * I8_WIDTH * 4, done = 0;
+#ifdef BITNET_AMX
+  if (amx_ready()) i8_block_amx(r, q, panels, excess, m0, done = rows / 32 * 32, p0, p1, K);
+#endif
+  for (size_t p = p0; p < p1 && done < rows; p += 4) {
+    size_t width = p1 - p < 4 ? p1 - p : 4, i = done;
+    const uint8_t *w = panels + (p - p0) * stride;
     size_t n0 = p * I8_WIDTH, cols = r->N - n0 < width * I8_WIDTH ? r->N - n0 : width * I8_WIDTH;
     int32_t sums[I8_ROWS * 4 * I8_WIDTH];
     for (; width == 4 && i + I8_ROWS <= rows; i += I8_ROWS) {
