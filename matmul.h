@@ -1166,8 +1166,8 @@ static inline __attribute__((always_inline)) void i8_store_rows(const I8Result *
 }
 
 #ifdef BITNET_AMX
-// `rows`, a multiple of 32, against panels p0 .. p1-1. As many panels as a core's cache keeps meet 32 rows after 32 rows: results are written
-// along rows, which the hardware foresees, and AMX is so fast that it waits for little else.
+// `rows`, a multiple of 32, against panels p0 .. p1-1. As many panels as a core's cache keeps meet 32 rows after 32 rows: results are
+// written along rows, which the hardware foresees, and AMX is so fast that it waits for little else.
 static void i8_block_amx(const I8Result *r, const int8_t *q, const uint8_t *panels, const int32_t *excess, size_t m0, size_t rows,
                          size_t p0, size_t p1, size_t K) {
   size_t stride = ternary_groups(K) * I8_WIDTH * 4, step = I8_PANELS / stride / 2 * 2 + 2;
@@ -1328,7 +1328,8 @@ static inline __attribute__((always_inline)) __m512i round16(int8_t *q, const fl
   return code;
 }
 
-// What compilers make of the plain loops multiplies once more for each number, to find its place, and reads the codes again for their sum.
+// What compilers make of the plain loops multiplies once more for each number, to find its place, and reads the codes again for their
+// sum.
 static float round_row(int8_t *RESTRICT q, int32_t *sum, const float *RESTRICT dy, const float *RESTRICT gamma, size_t N, uint32_t key,
                        uint32_t row) {
   __m512 top = _mm512_setzero_ps(), bad = top;
@@ -1378,140 +1379,6 @@ static void gemm_i8_rounded(float *dx, const float *dy, const float *gamma, cons
     i8_done();
     if (amx_ready()) amx_end();
   }
-}
-
-// ---------------------------------------------------------------------------------------------------------
-/*
-What the machine can do: the innermost instruction of each kernel in a loop that touches no memory. Each returns the operations of one
-call of `steps` steps; the caller times it on all threads at once. *sink keeps the compiler from dropping the work, PEAK_KEEP from seeing
-that all of it is the same.
-*/
-#ifdef __aarch64__
-#define PEAK_KEEP(vector) __asm__ volatile("" : "+w"(vector))
-#else
-#define PEAK_KEEP(vector) __asm__ volatile("" : "+v"(vector))
-#endif
-
-static double peak_loop_f32(size_t steps, float *sink) {
-  vfloat acc[MR][2], x = {0}, y = {0};
-  x += *sink;
-  y += *sink + 0.5f;
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; i++) acc[i][0] = acc[i][1] = x + (float)i;
-  for (size_t s = 0; s < steps; s++) {
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; i++) {
-      acc[i][0] = acc[i][0] * y + x;
-      acc[i][1] = acc[i][1] * x + y;
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; i++) *sink += (acc[i][0] + acc[i][1])[0];
-  return 2.0 * (double)steps * MR * 2 * VL;
-}
-
-static double peak_loop_bf16(size_t steps, float *sink) {
-#ifdef BITNET_AMX
-  if (amx_ready()) {
-    _tile_zero(4);
-    _tile_zero(5);
-    for (size_t s = 0; s < steps; s++) {
-      _tile_dpbf16ps(0, 4, 5);
-      _tile_dpbf16ps(1, 4, 5);
-      _tile_dpbf16ps(2, 4, 5);
-      _tile_dpbf16ps(3, 4, 5);
-    }
-    (void)sink;
-    return 2.0 * (double)steps * 4 * 16 * 16 * 32;
-  }
-#endif
-#ifdef BITNET_BFMMLA
-  float32x4_t acc[16];
-  bfloat16x8_t x = vreinterpretq_bf16_f32(vdupq_n_f32(*sink));
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) {
-    float32x4_t zero = vdupq_n_f32(0);
-    PEAK_KEEP(zero);
-    acc[i] = zero;
-  }
-  for (size_t s = 0; s < steps; s++) {
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) {
-      acc[i] = vbfmmlaq_f32(acc[i], x, x);
-      PEAK_KEEP(x);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) *sink += vaddvq_f32(acc[i]);
-  return 2.0 * (double)steps * 16 * 16;
-#elif defined(BITNET_BF16)
-  __m512 acc[16];
-  __m512i x = _mm512_set1_epi32((int)*sink);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) {
-    __m512 zero = _mm512_setzero_ps();
-    PEAK_KEEP(zero);
-    acc[i] = zero;
-  }
-  for (size_t s = 0; s < steps; s++) {
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) {
-      acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)x, (__m512bh)x);
-      PEAK_KEEP(x);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) *sink += _mm512_reduce_add_ps(acc[i]);
-  return 2.0 * (double)steps * 16 * 32;
-#else
-  return peak_loop_f32(steps, sink);
-#endif
-}
-
-static double peak_loop_i8(size_t steps, float *sink) {
-#ifdef BITNET_AMX
-  if (amx_ready()) {
-    _tile_zero(4);
-    _tile_zero(5);
-    for (size_t s = 0; s < steps; s++) {
-      _tile_dpbsud(0, 4, 5);
-      _tile_dpbsud(1, 4, 5);
-      _tile_dpbsud(2, 4, 5);
-      _tile_dpbsud(3, 4, 5);
-    }
-    (void)sink;
-    return 2.0 * (double)steps * 4 * 16 * 16 * 64;
-  }
-#endif
-#ifdef IVEC
-  enum { SUMS = TERNARY_STEPS < 64 ? 8 : 12 };   // enough to hide the latency of one sum
-  int8_t seed[IVEC];
-  memset(seed, (int)*sink, sizeof seed);
-  ivec acc[SUMS], x = ivec_load(seed);
-  ifour y = ivec_four(seed);
-#pragma GCC unroll 16
-  for (int i = 0; i < SUMS; i++) {
-    ivec zero = ivec_zero();
-    PEAK_KEEP(zero);
-    acc[i] = zero;
-  }
-  for (size_t s = 0; s < steps; s++) {
-#pragma GCC unroll 16
-    for (int i = 0; i < SUMS; i++) {
-      acc[i] = ivec_ternary(acc[i], x, y);
-      PEAK_KEEP(x);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < SUMS; i++) {
-    int32_t lanes[IVEC / 4];
-    ivec_store(lanes, acc[i]);
-    *sink += (float)lanes[0];
-  }
-  return 2.0 * (double)steps * SUMS * IVEC;
-#else
-  return peak_loop_f32(steps, sink);
-#endif
 }
 
 #endif

@@ -22,6 +22,7 @@ depends on the shape only and folded in order, so the result has the same bits f
 #include "bitnet/utils.h"      // die, memory, random numbers, time
 #include "matmul.h"            // exp_fast, gemm, gemm_i8, ternary_pack_panels
 #include "packed.h"            // packed_i8, gemm_few, screen_argmax: what only inference needs
+#include "peaks.h"             // dev_peaks: what the machine can do
 #include "quant.h"             // ternary_gamma, ternary_code, act_inverse_scale, act_round, lambda_mix
 
 #ifdef _OPENMP
@@ -199,47 +200,6 @@ int dev_reads_host(void) {
 void host_parallel(int n, void (*work)(void *ctx, int i), void *ctx) {
 #pragma omp parallel for schedule(static) if (n > 1)
   for (int i = 0; i < n; i++) work(ctx, i);
-}
-
-// The best of several calls of a peak loop on all threads, operations a second.
-static double best_rate(double (*loop)(size_t, float *), size_t steps) {
-  double best = 0;
-  for (int run = 0; run < 10; run++) {
-    double operations = 0, t0 = time_now();
-#pragma omp parallel reduction(+ : operations)
-    {
-      float sink = 0;
-      if (amx_ready()) amx_begin();
-      operations += loop(steps, &sink);
-      if (amx_ready()) amx_end();
-      if (sink != 0) operations += 1;   // never; but the compiler does not know
-    }
-    double rate = operations / (time_now() - t0);
-    best = rate > best ? rate : best;
-  }
-  return best;
-}
-
-void dev_peaks(Peaks *p) {
-  size_t bytes = (size_t)256 << 20;   // larger than the caches of most machines
-  float *x = (float *)dev_malloc(bytes);
-  p->fp32 = best_rate(peak_loop_f32, 1 << 20);
-  p->bf16 = best_rate(peak_loop_bf16, 1 << 20);
-  p->int8 = best_rate(peak_loop_i8, 1 << 20);
-  p->read = 0;
-  for (int run = 0; run < 5 && x; run++) {
-    double t0 = time_now(), sum = 0;
-#pragma omp parallel for schedule(static) reduction(+ : sum)
-    for (size_t k = 0; k < bytes / 4096; k++) {
-      float part = 0;
-#pragma omp simd reduction(+ : part)
-      for (size_t i = 0; i < 1024; i++) part += x[k * 1024 + i];
-      sum += (double)part;
-    }
-    double rate = (double)bytes / (time_now() - t0);
-    if (sum == 0 && rate > p->read) p->read = rate;   // the memory is zeroed, so the sum is 0
-  }
-  dev_free(x);
 }
 
 int ops_row_block(void) {

@@ -285,7 +285,7 @@ typedef struct {
   floatX *dres;              // [R,C] gradient of the residual stream
   floatX *dh;                // gradient of a quantised input: [R, max(C,NH*HS)], or a row block of [R,F]
   floatX *datt;              // [R,NH*HS]
-  floatX *dwide;             // dqkv [R,QKV], or a row block of dgate_up [R,2F], which takes gate_up's place where that is a block, too
+  floatX *dwide;             // dqkv [R,QKV], or a row block of dgate_up [R,2F] where gate_up is kept; else that takes gate_up's place
   int head_rows;             // rows of logits that exist at a time
   floatX *logits;            // [head_rows, V]
   float *head_lse;           // [head_rows]
