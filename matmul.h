@@ -474,15 +474,8 @@ static inline int whole_floats(const Operand *o, size_t x0, size_t n) {
 
 /*
 What attention packs most: whole blocks of floats that need no transpose and have just been written. Loads without masks can take their
-numbers from stores that are still on their way; masked ones wait. The 16 pairs of each of 16 x, rows of `out` 16 words apart:
+numbers from stores that are still on their way; masked ones wait. Here sixteen x of each of 16 pairs, rows of `out` `apart` words apart:
 */
-static void whole_by_x(uint32_t *out, const float *f, size_t sx) {
-#pragma GCC unroll 4
-  for (size_t x = 0; x < 16; x++)
-    _mm512_storeu_si512(out + x * 16, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(f + x * sx + 16), _mm512_loadu_ps(f + x * sx)));
-}
-
-// Sixteen x of each of 16 pairs, rows of `out` `apart` words apart.
 static void whole_by_pair(uint32_t *out, size_t apart, const float *f, size_t sk) {
 #pragma GCC unroll 4
   for (size_t pair = 0; pair < 16; pair++, f += 2 * sk)
@@ -629,6 +622,13 @@ static const Kernel kernel_bf16 = {BF_MR, BF_MR, 256, 4, 2, 192, 384, pack_a_bf1
 #endif
 
 #ifdef BITNET_AMX
+// A whole block (whole_floats): the 16 pairs of each of 16 rows.
+static void whole_by_x(uint32_t *out, const float *f, size_t sx) {
+#pragma GCC unroll 4
+  for (size_t x = 0; x < 16; x++)
+    _mm512_storeu_si512(out + x * 16, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(f + x * sx + 16), _mm512_loadu_ps(f + x * sx)));
+}
+
 // Panels of A: for each 32 k, the two tiles of 16 rows: [kc/32][32 rows][16 words].
 static void pack_a_amx(void *panel, const Product *g, size_t i0, size_t p0, size_t kc) {
   uint32_t *out = (uint32_t *)panel;
