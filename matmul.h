@@ -652,16 +652,20 @@ static void pack_b_amx(void *panel, const Product *g, size_t j0, size_t p0, size
   pack_b_words((uint32_t *)panel, g, j0, p0, kc, 256, 16);
 }
 
-// Two by two tiles of C; a tile instruction multiplies 16 rows of 32 k by 16 columns.
+// Two by two tiles of C; a tile instruction multiplies 16 rows of 32 k by 16 columns. Where sums are long (kc a product's, not
+// attention's), what C held is added at the end, by ordinary instructions: its lines have time to come until then.
 static void tile_amx(float *c, size_t ldc, int load, const void *a_panel, const void *b_panel, size_t kc) {
   const char *a = (const char *)a_panel, *b = (const char *)b_panel;
-  size_t row = ldc * sizeof(float);
+  float sums[32 * 32] ALIGNED, *to = c;
+  size_t to_row = ldc;
+  int late = load && kc >= 256;
+  if (late) to = sums, to_row = 32;
   amx_reads(c);
-  if (load) {
-    _tile_loadd(0, c, row);
-    _tile_loadd(1, c + 16, row);
-    _tile_loadd(2, c + 16 * ldc, row);
-    _tile_loadd(3, c + 16 * ldc + 16, row);
+  if (load && !late) {
+    _tile_loadd(0, c, ldc * sizeof(float));
+    _tile_loadd(1, c + 16, ldc * sizeof(float));
+    _tile_loadd(2, c + 16 * ldc, ldc * sizeof(float));
+    _tile_loadd(3, c + 16 * ldc + 16, ldc * sizeof(float));
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -669,6 +673,10 @@ static void tile_amx(float *c, size_t ldc, int load, const void *a_panel, const 
     _tile_zero(3);
   }
   for (size_t k = 0; k < kc; k += 32, a += 2048, b += 2048) {
+    for (size_t i = k / 16; late && i < k / 16 + 2 && i < 32; i++) {   // all 32 rows of C in 512 k
+      __builtin_prefetch(c + i * ldc);
+      __builtin_prefetch(c + i * ldc + 16);
+    }
     _tile_loadd(6, b, 64);
     _tile_loadd(4, a, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -678,10 +686,16 @@ static void tile_amx(float *c, size_t ldc, int load, const void *a_panel, const 
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, c, row);
-  _tile_stored(1, c + 16, row);
-  _tile_stored(2, c + 16 * ldc, row);
-  _tile_stored(3, c + 16 * ldc + 16, row);
+  _tile_stored(0, to, to_row * sizeof(float));
+  _tile_stored(1, to + 16, to_row * sizeof(float));
+  _tile_stored(2, to + 16 * to_row, to_row * sizeof(float));
+  _tile_stored(3, to + 16 * to_row + 16, to_row * sizeof(float));
+  amx_reads(to);
+#pragma GCC unroll 4
+  for (size_t i = 0; late && i < 32; i++, c += ldc) {
+    _mm512_storeu_ps(c, _mm512_add_ps(_mm512_loadu_ps(c), _mm512_load_ps(sums + 32 * i)));
+    _mm512_storeu_ps(c + 16, _mm512_add_ps(_mm512_loadu_ps(c + 16), _mm512_load_ps(sums + 32 * i + 16)));
+  }
 }
 
 static const Kernel kernel_amx = {32, 32, 512, 32, 2, 384, 384, pack_a_amx, pack_b_amx, tile_amx, 1};
@@ -919,7 +933,8 @@ enum {
   I8_ROUNDED = 1 << 20,  // bytes of codes that it makes of a gradient at a time
   I8_CACHE = 5 << 20,    // bytes of a result for each thread that the caches keep until they are used
   I8_STREAM = 1 << 20,   // and of the residual stream, which is not used before all of it is there
-  I8_PANELS = 1 << 20    // bytes of panels that meet 32 rows of AMX after 32
+  I8_PANELS = 1 << 20,   // bytes of panels that meet 32 rows of AMX after 32
+  I8_SLICE = 512 << 10   // bytes of a result that its thread uses at once
 };
 
 // Groups of four k in a panel.
@@ -1122,9 +1137,9 @@ static inline __m512 rounded_here(__m512 x) {
 }
 #endif
 
-// Row m, columns n0 .. n0+cols-1 from raw sums. Inlined, so that a constant `cols` unrolls it. What follows adds to the rounded
-// product, as the GPU does: barriers keep the compiler from fusing multiplication and addition.
-static inline __attribute__((always_inline)) void i8_store(const I8Result *r, const int32_t *RESTRICT sum, int32_t excess, size_t m,
+// Row m, columns n0 .. n0+cols-1 from raw sums. What follows adds to the rounded product, as the GPU does: barriers keep the compiler
+// from fusing multiplication and addition.
+static void i8_store(const I8Result *r, const int32_t *RESTRICT sum, int32_t excess, size_t m,
                                                            size_t n0, const size_t cols) {
   float *RESTRICT o = r->out + m * r->N + n0, s = r->s[m];
   const float *RESTRICT gamma = r->gamma + n0, *RESTRICT bias = r->bias ? r->bias + n0 : NULL;
@@ -1154,15 +1169,43 @@ static inline __attribute__((always_inline)) void i8_store(const I8Result *r, co
   for (size_t n = done; n < cols && whole; n++) whole[n] = sum[n] - excess;
 }
 
+#ifdef BITNET_VNNI
+// i8_store for `rows` rows of `width` sums that all count, without bias: what training does. With constants for width, residual and
+// stream nothing is asked within the loops.
+static inline __attribute__((always_inline)) void i8_store_plain(const I8Result *r, const int32_t *sums, const int32_t *excess, size_t m0,
+                                                                 size_t rows, size_t n0, const size_t width, const int residual,
+                                                                 const int stream) {
+  float *o = r->out + m0 * r->N + n0;
+  const float *add = residual ? r->residual + m0 * r->N + n0 : NULL;
+  for (size_t t = 0; t < rows; t++, sums += width, o += r->N) {
+    __m512i too_much = _mm512_set1_epi32(excess[t]);
+    __m512 s = _mm512_set1_ps(r->s[m0 + t]);
+#pragma GCC unroll 4
+    for (size_t n = 0; n < width; n += 16) {
+      __m512 x = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums + n), too_much));
+      x = _mm512_mul_ps(x, _mm512_mul_ps(s, _mm512_loadu_ps(r->gamma + n0 + n)));
+      if (residual) x = _mm512_add_ps(rounded_here(x), _mm512_loadu_ps(add + t * r->N + n));
+      if (stream) _mm512_stream_ps(o + n, x);
+      else _mm512_storeu_ps(o + n, x);
+    }
+  }
+}
+#endif
+
 // `rows` rows of `width` sums each.
 static inline __attribute__((always_inline)) void i8_store_rows(const I8Result *r, const int32_t *sums, const int32_t *excess, size_t m0,
                                                                 size_t rows, size_t n0, const size_t width) {
-  size_t cols = r->N - n0;
-  if (cols >= width) {
-    for (size_t t = 0; t < rows; t++) i8_store(r, sums + t * width, excess[t], m0 + t, n0, width);
-  } else {
-    for (size_t t = 0; t < rows; t++) i8_store(r, sums + t * width, excess[t], m0 + t, n0, cols);
+  size_t cols = r->N - n0 < width ? r->N - n0 : width;
+#ifdef BITNET_VNNI
+  if (cols == width && !r->bias && !r->exact) {
+    if (r->residual && r->stream) i8_store_plain(r, sums, excess, m0, rows, n0, width, 1, 1);
+    else if (r->residual) i8_store_plain(r, sums, excess, m0, rows, n0, width, 1, 0);
+    else if (r->stream) i8_store_plain(r, sums, excess, m0, rows, n0, width, 0, 1);
+    else i8_store_plain(r, sums, excess, m0, rows, n0, width, 0, 0);
+    return;
   }
+#endif
+  for (size_t t = 0; t < rows; t++) i8_store(r, sums + t * width, excess[t], m0 + t, n0, cols);
 }
 
 #ifdef BITNET_AMX
@@ -1219,6 +1262,27 @@ static void i8_block(const I8Result *r, const int8_t *q, const uint8_t *panels, 
   }
 }
 
+// The sum of K codes.
+static int32_t codes_sum(const int8_t *q, size_t K) {
+#ifdef BITNET_VNNI
+  __m512i sums = _mm512_setzero_si512(), ones = _mm512_set1_epi8(1);
+  for (size_t k = 0; k < K; k += 64)
+    sums = _mm512_dpbusd_epi32(sums, ones, _mm512_maskz_loadu_epi8(K - k >= 64 ? ~0ull : (1ull << (K - k)) - 1, q + k));
+  return _mm512_reduce_add_epi32(sums);
+#else
+  int32_t sum = 0;
+  for (size_t k = 0; k < K; k++) sum += q[k];
+  return sum;
+#endif
+}
+
+// The same for at most I8_BLOCK rows of codes q of the whole matrix.
+static void i8_task(const I8Result *r, const int8_t *q, const uint8_t *panels, size_t m0, size_t rows, size_t p0, size_t p1, size_t K) {
+  int32_t excess[I8_BLOCK];
+  for (size_t i = 0; i < rows; i++) excess[i] = codes_sum(q + (m0 + i) * K, K);
+  i8_block(r, q, panels, excess, m0, rows, p0, p1, K);
+}
+
 // Every thread calls this after its last i8_block: others see what was written past the caches.
 static void i8_done(void) {
 #ifdef BITNET_VNNI
@@ -1258,18 +1322,27 @@ static void gemm_i8(float *out, int32_t *exact, const int8_t *q, const float *s,
     for (size_t task = 0; task < row_blocks * groups; task++) {
       size_t m0 = task / groups * step, rows = M - m0 < step ? M - m0 : step;
       size_t p0 = task % groups * quads / groups * 4, p1 = (task % groups + 1) * quads / groups * 4;
-      int32_t excess[I8_BLOCK];
-      for (size_t i = 0; i < rows; i++) {
-        const int8_t *row = q + (m0 + i) * K;
-        int32_t sum = 0;
-        for (size_t k = 0; k < K; k++) sum += row[k];
-        excess[i] = sum;
-      }
-      i8_block(&r, q, panels + p0 * ternary_groups(K) * I8_WIDTH * 4, excess, m0, rows, p0, p1 < n_panels ? p1 : n_panels, K);
+      i8_task(&r, q, panels + p0 * ternary_groups(K) * I8_WIDTH * 4, m0, rows, p0, p1 < n_panels ? p1 : n_panels, K);
     }
     i8_done();
     if (amx_ready()) amx_end();
   }
+}
+
+// Rows of a result of N columns that a core's cache keeps beside the panels they came from: whole tiles.
+static size_t i8_slice_rows(size_t N) {
+  size_t unit = i8_unit(), rows = I8_SLICE / (N * sizeof(float)) / unit * unit, most = I8_BLOCK / unit * unit;
+  return rows < unit ? unit : rows < most ? rows : most;
+}
+
+/*
+One thread's part of a product whose rows are used as soon as they are there: out (=) [rows,N] from rows of q [rows,K], s [rows], else as
+gemm_i8. rows: i8_slice_rows(N) at most. Every thread of the caller has called amx_begin.
+*/
+static void gemm_i8_slice(float *out, const int8_t *q, const float *s, const uint8_t *panels, const float *gamma, const float *bias,
+                          size_t rows, size_t N, size_t K) {
+  const I8Result r = {out, NULL, s, gamma, bias, NULL, N, 0};
+  i8_task(&r, q, panels, 0, rows, 0, (N + I8_WIDTH - 1) / I8_WIDTH, K);
 }
 
 // Rows whose codes a thread holds at a time: I8_BLOCK, or as many as I8_ROUNDED bytes hold where rows are wide, at least one tile.
@@ -1299,12 +1372,11 @@ UNUSED static float round_row_scalar(int8_t *RESTRICT q, int32_t *sum, const flo
     bad += a * 0.0f;
   }
   float inverse = top > 1e-30f ? 127.0f / top : 0.0f;
-  uint32_t first = row * (uint32_t)N;
 #pragma omp simd
   for (size_t n = 0; n < N; n++) {
     float v = dy[n] * gamma[n] * inverse;
     v = v < 127.0f ? v : 127.0f;
-    q[n] = (int8_t)noisy_code(v > -127.0f ? v : -127.0f, noise_at(key, first + (uint32_t)n));
+    q[n] = (int8_t)noisy_code(v > -127.0f ? v : -127.0f, noise_at(key, row, (uint32_t)n, (uint32_t)N));
   }
   *sum = 0;
   for (size_t n = 0; n < N; n++) *sum += q[n];
@@ -1312,42 +1384,61 @@ UNUSED static float round_row_scalar(int8_t *RESTRICT q, int32_t *sum, const flo
 }
 
 #ifdef BITNET_VNNI
-// Sixteen places, or fewer in `lanes`: noise_at and noisy_code. place: index * 0x9E3779B1 of each. Returns the codes.
+// Sixteen places, or fewer in `lanes`: noisy_code. Returns the codes.
 static inline __attribute__((always_inline)) __m512i round16(int8_t *q, const float *dy, const float *gamma, __mmask16 lanes,
-                                                             __m512i place, __m512i key, __m512 inverse) {
-  __m512i x = _mm512_xor_si512(place, key);
-  x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), _mm512_set1_epi32((int)0x85EBCA6Bu));
-  x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 13)), _mm512_set1_epi32((int)0xC2B2AE35u));
-  __m512 u = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(x, 16)), _mm512_set1_ps(1.0f / 65536.0f));
+                                                             __m512i bits, __m512 inverse) {
   __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, dy), _mm512_maskz_loadu_ps(lanes, gamma)), inverse);
   v = _mm512_max_ps(_mm512_min_ps(v, _mm512_set1_ps(127)), _mm512_set1_ps(-127));
-  __m512i code = _mm512_cvttps_epi32(_mm512_add_ps(_mm512_add_ps(v, u), _mm512_set1_ps(128)));
+  __m512i steps = _mm512_cvttps_epi32(_mm512_fmadd_ps(v, _mm512_set1_ps(65536), _mm512_set1_ps(8388608)));
+  __m512i code = _mm512_srli_epi32(_mm512_add_epi32(steps, bits), 16);
   code = _mm512_maskz_sub_epi32(lanes, code, _mm512_set1_epi32(128));
   if (lanes == 0xFFFF) _mm_storeu_si128((__m128i *)q, _mm512_cvtepi32_epi8(code));
   else _mm_mask_storeu_epi8(q, lanes, _mm512_cvtepi32_epi8(code));
   return code;
 }
 
+// The words of noise_at. place: the number * 0x9E3779B1 of each.
+static inline __attribute__((always_inline)) __m512i noise_words(__m512i place, __m512i key) {
+  __m512i x = _mm512_xor_si512(place, key);
+  x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), _mm512_set1_epi32((int)0x85EBCA6Bu));
+  x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 13)), _mm512_set1_epi32((int)0xC2B2AE35u));
+  return _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+}
+
 // What compilers make of the plain loops multiplies once more for each number, to find its place, and reads the codes again for their
 // sum.
 static float round_row(int8_t *RESTRICT q, int32_t *sum, const float *RESTRICT dy, const float *RESTRICT gamma, size_t N, uint32_t key,
                        uint32_t row) {
-  __m512 top = _mm512_setzero_ps(), bad = top;
-  for (size_t n = 0; n < N; n += 16) {
-    __mmask16 lanes = lanes16(N - n);
+  __m512 top = _mm512_setzero_ps(), bad = top, top2 = top, bad2 = top;   // two of each: neither waits for itself
+  for (size_t n = 0; n < N; n += 32) {
+    __mmask16 lanes = lanes16(N - n), lanes2 = N - n > 16 ? lanes16(N - n - 16) : 0;
     __m512 a = _mm512_abs_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, dy + n), _mm512_maskz_loadu_ps(lanes, gamma + n)));
+    __m512 b = _mm512_abs_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(lanes2, dy + n + 16), _mm512_maskz_loadu_ps(lanes2, gamma + n + 16)));
     top = _mm512_max_ps(a, top);   // of a NaN and a number the second, so that NaN does not stay
+    top2 = _mm512_max_ps(b, top2);
     bad = _mm512_fmadd_ps(a, _mm512_setzero_ps(), bad);
+    bad2 = _mm512_fmadd_ps(b, _mm512_setzero_ps(), bad2);
   }
+  top = _mm512_max_ps(top, top2);
+  bad = _mm512_add_ps(bad, bad2);
   float highest = _mm512_reduce_max_ps(top);
   const __m512 inverse = _mm512_set1_ps(highest > 1e-30f ? 127.0f / highest : 0.0f);
   const __m512i golden = _mm512_set1_epi32((int)0x9E3779B1u), step = _mm512_slli_epi32(golden, 4), word = _mm512_set1_epi32((int)key);
+  const __m512i low = _mm512_set1_epi32(0xFFFF);
   __m512i place = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), sums = _mm512_setzero_si512();
-  place = _mm512_mullo_epi32(_mm512_add_epi32(place, _mm512_set1_epi32((int)(row * (uint32_t)N))), golden);
+  place = _mm512_mullo_epi32(_mm512_add_epi32(place, _mm512_set1_epi32((int)(row * (uint32_t)((N + 31) / 32 * 16)))), golden);
   size_t n = 0;
-  for (; n + 16 <= N; n += 16, place = _mm512_add_epi32(place, step))
-    sums = _mm512_add_epi32(sums, round16(q + n, dy + n, gamma + n, 0xFFFF, place, word, inverse));
-  if (n < N) sums = _mm512_add_epi32(sums, round16(q + n, dy + n, gamma + n, lanes16(N - n), place, word, inverse));
+  for (; n + 32 <= N; n += 32, place = _mm512_add_epi32(place, step)) {
+    __m512i bits = noise_words(place, word);
+    sums = _mm512_add_epi32(sums, round16(q + n, dy + n, gamma + n, 0xFFFF, _mm512_and_si512(bits, low), inverse));
+    sums = _mm512_add_epi32(sums, round16(q + n + 16, dy + n + 16, gamma + n + 16, 0xFFFF, _mm512_srli_epi32(bits, 16), inverse));
+  }
+  if (n < N) {
+    __m512i bits = noise_words(place, word);
+    sums = _mm512_add_epi32(sums, round16(q + n, dy + n, gamma + n, lanes16(N - n), _mm512_and_si512(bits, low), inverse));
+    if (n + 16 < N)
+      sums = _mm512_add_epi32(sums, round16(q + n + 16, dy + n + 16, gamma + n + 16, lanes16(N - n - 16), _mm512_srli_epi32(bits, 16), inverse));
+  }
   *sum = _mm512_reduce_add_epi32(sums);
   return highest / 127.0f + _mm512_reduce_add_ps(bad);
 }

@@ -339,12 +339,6 @@ static size_t packed_scratch_bytes(size_t max_rows, size_t K) {
   return few > many ? few : many;
 }
 
-static int32_t sum_of_codes(const int8_t *q, size_t K) {
-  int32_t sum = 0;
-  for (size_t k = 0; k < K; k++) sum += q[k];
-  return sum;
-}
-
 /*
 What gemm_i8 computes, from packed weights: out (=) [M,N], the same bits. exact: NULL, or the int32 sums [M,N] for tests.
 Threads share the outputs out, each reads its own part of the weights once.
@@ -360,7 +354,7 @@ static void packed_i8(float *out, int32_t *exact, const int8_t *q, const float *
     for (size_t r = 0; r < M; r++) {
       memcpy(x + r * stride, q + r * K, K);
       memset(x + r * stride + K, 0, stride - K);
-      excess[r] = sum_of_codes(q + r * K, K);
+      excess[r] = codes_sum(q + r * K, K);
     }
 #pragma omp parallel
     {
@@ -389,7 +383,7 @@ static void packed_i8(float *out, int32_t *exact, const int8_t *q, const float *
     uint8_t *panels = (uint8_t *)buffers + (size_t)thread_index() * buffer;
     if (amx_ready()) amx_begin();
 #pragma omp for schedule(static)
-    for (size_t m = 0; m < M; m++) excess[m] = sum_of_codes(q + m * K, K);
+    for (size_t m = 0; m < M; m++) excess[m] = codes_sum(q + m * K, K);
 #pragma omp for schedule(static)
     for (size_t task = 0; task < blocks * groups; task++) {
       size_t m0 = task / groups * block, rows = M - m0 < block ? M - m0 : block;

@@ -661,7 +661,6 @@ __global__ void round_rows_kernel(int8_t *q, float *s, const floatX *dout, const
                                   int row0) {
   size_t r = blockIdx.x;
   const floatX *dy = dout + r * N;
-  uint32_t first = (uint32_t)(row0 + (int)r) * (uint32_t)N;
   float top = 0, v[W], g[W];
   for (int n = threadIdx.x * W; n < N; n += blockDim.x * W) {
     load<W>(v, dy + n);
@@ -680,7 +679,7 @@ __global__ void round_rows_kernel(int8_t *q, float *s, const floatX *dout, const
     load<W>(g, gamma + n);
     for (int w = 0; w < W; w++) {
       float a = bad ? 0.0f : fmaxf(-127.0f, fminf(127.0f, __fmul_rn(__fmul_rn(v[w], g[w]), inverse)));
-      v[w] = (float)noisy_code(a, noise_at(key, first + (uint32_t)(n + w)));
+      v[w] = (float)noisy_code(a, noise_at(key, (uint32_t)(row0 + (int)r), (uint32_t)(n + w), (uint32_t)N));
     }
     store<W>(q + r * stride + n, v);
   }

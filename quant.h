@@ -82,20 +82,21 @@ Gradients as int8, where dx_int8 is on. A row dy is divided by max|dy| / 127 and
 fraction, floor(v + u) with u uniform in [0,1), so that the expected value of a code is v itself. Rounding to the nearest would push
 the many small gradients of a row to 0 in every step alike.
 */
-// A uniform number in [0,1) for place `index` of a stream: a bijection of 32 bits that mixes well (the finaliser of MurmurHash3).
-QUANT_FN float noise_at(uint32_t key, uint32_t index) {
-  uint32_t x = index * 0x9E3779B1u ^ key;
+// Sixteen random bits for place n of row `row`, N places wide. A word serves two places, n and n + 16 of each 32: a bijection of 32
+// bits that mixes well (the finaliser of MurmurHash3), of the word's number in the stream `key`.
+QUANT_FN uint32_t noise_at(uint32_t key, uint32_t row, uint32_t n, uint32_t N) {
+  uint32_t words = (N + 31) / 32 * 16, x = (row * words + n / 32 * 16 + n % 16) * 0x9E3779B1u ^ key;
   x ^= x >> 16;
   x *= 0x85EBCA6Bu;
   x ^= x >> 13;
-  x *= 0xC2B2AE35u;   // the last step of the finaliser, x ^= x >> 16, leaves the upper half as it is
-  return (float)(int)(x >> 16) * (1.0f / 65536.0f);
+  x *= 0xC2B2AE35u;
+  x ^= x >> 16;
+  return n & 16 ? x >> 16 : x & 0xFFFFu;
 }
 
-// v in [-127,127] to a code, floor(v + u): a conversion cuts off towards 0, which is down where 128 has been added. With u in steps of
-// 2^-16 the sum stays below 256.
-QUANT_FN int noisy_code(float v, float u) {
-  return (int)(v + u + 128.0f) - 128;
+// v in [-127,127] to a code, floor(v + u) with u = bits / 2^16: in steps of 2^-16, and 128 added so that no number is negative.
+QUANT_FN int noisy_code(float v, uint32_t bits) {
+  return (int)(((uint32_t)(int)(v * 65536.0f + 8388608.0f) + bits) >> 16) - 128;
 }
 
 // ---------------------------------------------------------------------------------------------------------

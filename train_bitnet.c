@@ -1155,17 +1155,56 @@ static inline __attribute__((always_inline)) void glu_slope_row(float *dgate_up,
   }
 }
 
+// Row r of out from one row of gate_up; u [F] is work space.
+static void glu_quant_row(QAct *out, float *rstd, size_t r, float *RESTRICT u, const float *gate_up, const float *gain, size_t F, int act,
+                          float eps) {
+  glu_row(u, gate_up, F, act);
+  if (gain) {
+    float s = rstd[r] = row_rstd(u, F, eps);
+    for (size_t f = 0; f < F; f++) u[f] = gain[f] * (u[f] * s);
+  }
+  quantise_row(out, r, u, F);
+}
+
 void glu_quant_forward(QAct *out, float *rstd, const floatX *gate_up, const float *gain, int R, int F, int act, float eps) {
   float *rows = scratch_floats((size_t)thread_count() * F);
 #pragma omp parallel for schedule(static) if (R > 1)
-  for (int r = 0; r < R; r++) {
-    float *RESTRICT u = rows + (size_t)thread_index() * F;
-    glu_row(u, gate_up + (size_t)r * 2 * F, (size_t)F, act);
-    if (gain) {
-      float s = rstd[r] = row_rstd(u, (size_t)F, eps);
-      for (int f = 0; f < F; f++) u[f] = gain[f] * (u[f] * s);
+  for (int r = 0; r < R; r++)
+    glu_quant_row(out, rstd, (size_t)r, rows + (size_t)thread_index() * F, gate_up + (size_t)r * 2 * F, gain, (size_t)F, act, eps);
+}
+
+// 1 if the rows of x w' can be made a slice at a time: an integer product that gives every thread some.
+static int in_slices(const QAct *x, const BitWeight *w, int R) {
+  return w->lambda == 1.0f && !w->packed && has_codes(x) && (size_t)R >= (size_t)thread_count() * i8_unit();
+}
+
+// A few rows of x w' from row r0 on (=) [rows,N].
+static void bitlinear_slice(float *out, const QAct *x, const BitWeight *w, size_t r0, size_t rows) {
+  gemm_i8_slice(out, (const int8_t *)x->data + r0 * (size_t)w->K, x->s + r0, ternary_panels(w), w->gamma, w->bias, rows, (size_t)w->N,
+                (size_t)w->K);
+}
+
+void gated_forward(QAct *out, float *rstd, floatX *gate_up, const QAct *x, const BitWeight *w, const float *gain, int R, int act,
+                   float eps) {
+  size_t F = (size_t)w->N / 2, rows = (size_t)R, share = rows / (size_t)thread_count() / i8_unit() * i8_unit();
+  size_t step = i8_slice_rows(2 * F) < share ? i8_slice_rows(2 * F) : share;   // one slice for each thread fits gate_up
+  if (!in_slices(x, w, R)) {
+    bitlinear_forward(gate_up, x, w, NULL, R);
+    glu_quant_forward(out, rstd, gate_up, gain, R, (int)F, act, eps);
+    return;
+  }
+  float *u_rows = scratch_floats((size_t)thread_count() * F);
+#pragma omp parallel
+  {
+    if (amx_ready()) amx_begin();
+    float *u = u_rows + (size_t)thread_index() * F, *slice = gate_up + (size_t)thread_index() * step * 2 * F;
+#pragma omp for schedule(static)
+    for (size_t r0 = 0; r0 < rows; r0 += step) {
+      size_t n = rows - r0 < step ? rows - r0 : step;
+      bitlinear_slice(slice, x, w, r0, n);
+      for (size_t r = 0; r < n; r++) glu_quant_row(out, rstd, r0 + r, u, slice + r * 2 * F, gain, F, act, eps);
     }
-    quantise_row(out, (size_t)r, u, (size_t)F);
+    if (amx_ready()) amx_end();
   }
 }
 
@@ -1178,27 +1217,57 @@ u = act(gate) * up,  y = rmsnorm(u) (or y = u)
 The quantiser behind y is straight-through: its gradient is dy itself. A row of gate_up is read before the same row of dgate_up is
 written, so the two may be one: these are the widest activations of the network, and what is not written need not be fetched.
 */
+// Rows r0 .. r1-1; rows [2F] is work space, dg [F] collects the gains' gradients.
+static void glu_backward_rows(float *dgate_up, float *dg, const float *dout, const float *gate_up, const float *gain, const float *rstd,
+                              size_t r0, size_t r1, size_t F, int act, float *rows) {
+  float *u = rows, *du_row = rows + F;
+  for (size_t r = r0; r < r1; r++) {
+    const float *gate = gate_up + r * 2 * F, *dy = dout + r * F, *du = dy;
+    float *dgate = dgate_up + r * 2 * F;
+    if (gain) {
+      glu_row(u, gate, F, act);
+      rmsnorm_backward_row(du_row, dg, dy, u, gain, rstd[r], F, 0);
+      du = du_row;
+    }
+    if (act == ACT_RELU2) glu_slope_row(dgate, du, gate, F, ACT_RELU2);
+    else glu_slope_row(dgate, du, gate, F, ACT_SILU);
+  }
+}
+
+// x, w: NULL, or gate_up is not there yet but made from them, where dgate_up goes.
+static void glu_backward_from(floatX *dgate_up, float *dgain, const floatX *dout, const floatX *gate_up, const QAct *x, const BitWeight *w,
+                              const float *gain, const float *rstd, size_t R, size_t F, int act) {
+  size_t chunks = (R + ROWS_PER_CHUNK - 1) / ROWS_PER_CHUNK, step = w ? i8_slice_rows(2 * F) : (size_t)ROWS_PER_CHUNK;
+  float *rows = scratch_floats((gain ? 2 * (size_t)thread_count() + chunks : 0) * F), *partial = rows + 2 * (size_t)thread_count() * F;
+#pragma omp parallel
+  {
+    if (w && amx_ready()) amx_begin();
+#pragma omp for schedule(static)
+    for (size_t k = 0; k < chunks; k++) {
+      float *dg = partial + k * F;
+      size_t end = R < (k + 1) * ROWS_PER_CHUNK ? R : (k + 1) * ROWS_PER_CHUNK;
+      if (gain) memset(dg, 0, F * sizeof(float));
+      for (size_t r = k * ROWS_PER_CHUNK; r < end; r += step) {
+        size_t r1 = end - r < step ? end : r + step;
+        if (w) bitlinear_slice(dgate_up + r * 2 * F, x, w, r, r1 - r);
+        glu_backward_rows(dgate_up, dg, dout, gate_up, gain, rstd, r, r1, F, act, rows + (size_t)thread_index() * 2 * F);
+      }
+    }
+    if (w && amx_ready()) amx_end();
+  }
+  if (gain) fold_chunks(dgain, partial, chunks, F);
+}
+
 void glu_backward(floatX *dgate_up, float *dgain, const floatX *dout, const floatX *gate_up, const float *gain, const float *rstd,
                   int R, int F, int act) {
-  int chunks = (R + ROWS_PER_CHUNK - 1) / ROWS_PER_CHUNK;
-  float *rows = scratch_floats((size_t)(gain ? 2 * thread_count() + chunks : 0) * F), *partial = rows + (size_t)2 * thread_count() * F;
-#pragma omp parallel for schedule(static)
-  for (int k = 0; k < chunks; k++) {
-    float *dg = partial + (size_t)k * F, *u = rows + (size_t)thread_index() * 2 * F, *du_row = u + F;
-    if (gain) memset(dg, 0, (size_t)F * sizeof(float));
-    for (int r = k * ROWS_PER_CHUNK; r < R && r < (k + 1) * ROWS_PER_CHUNK; r++) {
-      const float *gate = gate_up + (size_t)r * 2 * F, *dy = dout + (size_t)r * F, *du = dy;
-      float *dgate = dgate_up + (size_t)r * 2 * F;
-      if (gain) {
-        glu_row(u, gate, (size_t)F, act);
-        rmsnorm_backward_row(du_row, dg, dy, u, gain, rstd[r], (size_t)F, 0);
-        du = du_row;
-      }
-      if (act == ACT_RELU2) glu_slope_row(dgate, du, gate, (size_t)F, ACT_RELU2);
-      else glu_slope_row(dgate, du, gate, (size_t)F, ACT_SILU);
-    }
-  }
-  if (gain) fold_chunks(dgain, partial, (size_t)chunks, (size_t)F);
+  glu_backward_from(dgate_up, dgain, dout, gate_up, NULL, NULL, gain, rstd, (size_t)R, (size_t)F, act);
+}
+
+void gated_backward(floatX *dgate_up, float *dgain, const floatX *dout, const QAct *x, const BitWeight *w, const float *gain,
+                    const float *rstd, int R, int act) {
+  int slices = in_slices(x, w, R);
+  if (!slices) bitlinear_forward(dgate_up, x, w, NULL, R);
+  glu_backward_from(dgate_up, dgain, dout, dgate_up, slices ? x : NULL, slices ? w : NULL, gain, rstd, (size_t)R, (size_t)w->N / 2, act);
 }
 
 // ---------------------------------------------------------------------------------------------------------

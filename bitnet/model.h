@@ -713,8 +713,7 @@ UNUSED static void layer_forward(const Model *m, int l, LayerActs *a, floatX *ou
     QAct h3 = rows_of_(&a->h3, r0, C), h4 = rows_of_(&a->h4, r0, F);
     floatX *gate_up = gate_up_rows_(m, a, r0);
     rmsnorm_quant_forward(&h3, a->rstd3 + r0, a->mid + (size_t)r0 * C, p + s->norm2, n, C, c->norm_eps);
-    bitlinear_forward(gate_up, &h3, &w->gate_up, NULL, n);
-    glu_quant_forward(&h4, a->rstd4 + r0, gate_up, slot_(p, s->sub2), n, F, c->activation, c->norm_eps);
+    gated_forward(&h4, a->rstd4 + r0, gate_up, &h3, &w->gate_up, slot_(p, s->sub2), n, c->activation, c->norm_eps);
     bitlinear_forward(out + (size_t)r0 * C, &h4, &w->down, a->mid + (size_t)r0 * C, n);
   }
 }
@@ -743,10 +742,11 @@ UNUSED static void layer_backward(Model *m, int l, const LayerActs *a, const flo
     QAct h3 = rows_of_(&a->h3, r0, C), h4 = rows_of_(&a->h4, r0, F);
     floatX *gate_up = gate_up_rows_(m, a, r0), *dres = m->dres + (size_t)r0 * C;
     floatX *dgate_up = gate_up_is_block_(m) ? gate_up : m->dwide;
-    if (gate_up_is_block_(m)) bitlinear_forward(gate_up, &h3, &w->gate_up, NULL, n);
     BitWeight down = noisy_(&w->down, m, l, 3, r0), gate_up_weight = noisy_(&w->gate_up, m, l, 2, r0);
     bitlinear_backward(m->dh, g + s->down, NULL, dres, &h4, &down, n);
-    glu_backward(dgate_up, slot_(g, s->sub2), m->dh, gate_up, slot_(p, s->sub2), a->rstd4 + r0, n, F, c->activation);
+    if (gate_up_is_block_(m))
+      gated_backward(dgate_up, slot_(g, s->sub2), m->dh, &h3, &w->gate_up, slot_(p, s->sub2), a->rstd4 + r0, n, c->activation);
+    else glu_backward(dgate_up, slot_(g, s->sub2), m->dh, gate_up, slot_(p, s->sub2), a->rstd4 + r0, n, F, c->activation);
     bitlinear_backward(m->dh, g + s->gate_up, NULL, dgate_up, &h3, &gate_up_weight, n);
     rmsnorm_backward(dres, g + s->norm2, m->dh, a->mid + (size_t)r0 * C, p + s->norm2, a->rstd3 + r0, n, C, 1);
   }

@@ -228,9 +228,16 @@ void attention_cached(floatX *out, void *kcache, void *vcache, const floatX *qkv
 // gate_up [R,2F]: gate in columns 0..F-1, up in F..2F-1.  u = act(gate) * up;  out (=) = Q(rmsnorm(u)), or Q(u) where gain is
 // NULL; rstd (=) [R] where gain is given.
 void glu_quant_forward(QAct *out, float *rstd, const floatX *gate_up, const float *gain, int R, int F, int act, float eps);
+// The product before it and the gated unit in one: gate_up [R,2F] (=) x w', out and rstd as above. At lambda = 1 with int8 activations
+// gate_up is work space: what it holds afterwards is not said. w has 2F outputs and no bias.
+void gated_forward(QAct *out, float *rstd, floatX *gate_up, const QAct *x, const BitWeight *w, const float *gain, int R, int act,
+                   float eps);
 // dgate_up (=) [R,2F], which may be gate_up; dgain (+=) [F] where gain is given
 void glu_backward(floatX *dgate_up, float *dgain, const floatX *dout, const floatX *gate_up, const float *gain, const float *rstd,
                   int R, int F, int act);
+// The same from x and w, which gate_up is computed from again.
+void gated_backward(floatX *dgate_up, float *dgain, const floatX *dout, const QAct *x, const BitWeight *w, const float *gain,
+                    const float *rstd, int R, int act);
 
 // ---- loss -------------------------------------------------------------------------------------------------
 

@@ -122,7 +122,8 @@ class Torch:
 
 
 def ours(binary, name, threads):
-    """{lambda: tokens/s} of our program."""
+    """{lambda: tokens/s} of our program. It looks at its start whether others compute; PyTorch's threads spin for a while after a step."""
+    time.sleep(1)
     out = subprocess.run([binary, "bench", f"train/{name}", f"threads={threads}"], capture_output=True, text=True, check=True).stdout
     return {line.split("lambda=")[1].split()[0]: float(line.split()[-2]) for line in out.splitlines()}
 

@@ -463,7 +463,7 @@ static void rounded_gradient_(float *want, const float *dy, const float *gamma, 
     for (size_t c = 0; c < K; c++) {
       int32_t sum = 0;
       for (size_t n = 0; n < N && top > 0; n++)
-        sum += noisy_code(dy[r * N + n] * gamma[n] * (127.0f / top), noise_at(key, (uint32_t)(r * N + n))) * t[n * K + c];
+        sum += noisy_code(dy[r * N + n] * gamma[n] * (127.0f / top), noise_at(key, (uint32_t)r, (uint32_t)n, (uint32_t)N)) * t[n * K + c];
       want[r * K + c] = (float)sum * (top / 127.0f);
     }
   }
