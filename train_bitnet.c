@@ -355,13 +355,19 @@ static void quantise_row(QAct *out, size_t r, const float *RESTRICT x, size_t K)
     memcpy((float *)out->data + r * K, x, K * sizeof(float));
     return;
   }
-  float top = 0, bad = 0;   // bad: 0, or NaN if any value is not finite
-#pragma omp simd reduction(max : top) reduction(+ : bad)
-  for (size_t k = 0; k < K; k++) {
-    float a = fabsf(x[k]);
+  float top = 0, top2 = 0, bad = 0, bad2 = 0;   // of each half, so that neither waits for itself; bad: 0, or NaN if a value is not finite
+  size_t half = K / 2;
+#pragma omp simd reduction(max : top, top2) reduction(+ : bad, bad2)
+  for (size_t k = 0; k < half; k++) {
+    float a = fabsf(x[k]), b = fabsf(x[half + k]);
     top = a > top ? a : top;
+    top2 = b > top2 ? b : top2;
     bad += x[k] * 0.0f;
+    bad2 += x[half + k] * 0.0f;
   }
+  if (K % 2) top = fabsf(x[K - 1]) > top ? fabsf(x[K - 1]) : top, bad += x[K - 1] * 0.0f;
+  top = top2 > top ? top2 : top;
+  bad += bad2;
   float levels = act_levels(out->bits), inverse = act_inverse_scale(top, out->bits), scale = 1.0f / inverse;
   if (out->lambda == 1.0f) {
     int8_t *RESTRICT q = (int8_t *)out->data + r * K;

@@ -545,6 +545,19 @@ void glu_backward(floatX *dgate_up, float *dgain, const floatX *dout, const floa
   if (gain) fold_chunks(dgain, partial, chunks, F, F);
 }
 
+// A product ends in the GPU's memory, from where the next kernel fetches it, so there is nothing to be done in one.
+void gated_forward(QAct *out, float *rstd, floatX *gate_up, const QAct *x, const BitWeight *w, const float *gain, int R, int act,
+                   float eps) {
+  bitlinear_forward(gate_up, x, w, NULL, R);
+  glu_quant_forward(out, rstd, gate_up, gain, R, w->N / 2, act, eps);
+}
+
+void gated_backward(floatX *dgate_up, float *dgain, const floatX *dout, const QAct *x, const BitWeight *w, const float *gain,
+                    const float *rstd, int R, int act) {
+  bitlinear_forward(dgate_up, x, w, NULL, R);
+  glu_backward(dgate_up, dgain, dout, dgate_up, gain, rstd, R, w->N / 2, act);
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // The classifier: a plain float matrix. The forward product reads the fp32 master weights and rounds them on the way.
 

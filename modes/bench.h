@@ -154,15 +154,14 @@ enum {
   OP_ROPE,
   OP_ATTENTION,
   OP_O,
-  OP_GATE_UP,
-  OP_GLU,
+  OP_GATED,
   OP_DOWN,
   OP_HEAD,
   OP_QKV_BACK,
   OP_ATTENTION_BACK,
   OP_O_BACK,
   OP_GATE_UP_BACK,
-  OP_GLU_BACK,
+  OP_GATED_BACK,
   OP_DOWN_BACK,
   OP_NORM_BACK,
   OP_HEAD_BACK,
@@ -177,15 +176,14 @@ static const char *const bench_op_names[OP_COUNT] = {"weight_quantize",
                                                      "rope",
                                                      "attention",
                                                      "o",
-                                                     "gate_up x2",
-                                                     "glu_quant",
+                                                     "gate_up + gated unit",
                                                      "down",
                                                      "classifier + loss",
                                                      "qkv backward",
                                                      "attention backward",
                                                      "o backward",
                                                      "gate_up backward",
-                                                     "gate_up, glu backward",
+                                                     "gate_up again + gated unit backward",
                                                      "down backward",
                                                      "rmsnorm backward x3",
                                                      "classifier backward",
@@ -205,11 +203,10 @@ static double bench_calls_(const Model *m, int op) {
     case OP_UPDATE: return 1;
     case OP_HEAD:
     case OP_HEAD_BACK: return (double)m->R / m->head_rows;
-    case OP_GATE_UP:
-    case OP_GLU:
+    case OP_GATED:
     case OP_DOWN:
     case OP_GATE_UP_BACK:
-    case OP_GLU_BACK:
+    case OP_GATED_BACK:
     case OP_DOWN_BACK: return blocks;
     default: return layers;
   }
@@ -222,7 +219,7 @@ static void bench_op_(Bench *x, int op) {
   LayerWeights *w = &m->weights[0];
   const LayerSlots *s = &m->table.layers[0];
   float *p = m->params, *g = m->grads;
-  int R = m->R, block = bench_block_(m), C = c->dim, F = c->ffn_dim, NH = c->heads, NKV = c->kv_heads, HS = c->head_dim,
+  int R = m->R, block = bench_block_(m), C = c->dim, NH = c->heads, NKV = c->kv_heads, HS = c->head_dim,
       n = m->head_rows;
   switch (op) {
     case OP_QUANTIZE:
@@ -243,8 +240,9 @@ static void bench_op_(Bench *x, int op) {
       break;
     case OP_ATTENTION: attention_forward(a->att, a->lse, a->qkv, m->start, m->B, m->T, NH, NKV, HS, m->precision); break;
     case OP_O: bitlinear_forward(a->mid, &a->h2, &w->o, m->residual[0], R); break;
-    case OP_GATE_UP: bitlinear_forward(a->gate_up, &a->h3, &w->gate_up, NULL, block); break;
-    case OP_GLU: glu_quant_forward(&a->h4, a->rstd4, a->gate_up, p + s->sub2, block, F, c->activation, c->norm_eps); break;
+    case OP_GATED:
+      gated_forward(&a->h4, a->rstd4, a->gate_up, &a->h3, &w->gate_up, p + s->sub2, block, c->activation, c->norm_eps);
+      break;
     case OP_DOWN: bitlinear_forward(m->residual[1], &a->h4, &w->down, a->mid, block); break;
     case OP_HEAD:
       linear_forward(m->logits, m->final, p + m->table.head, n, c->vocab, C, m->precision);
@@ -260,9 +258,8 @@ static void bench_op_(Bench *x, int op) {
       break;
     case OP_O_BACK: bitlinear_backward(m->dh, g + s->o, NULL, m->dres, &a->h2, &w->o, R); break;
     case OP_GATE_UP_BACK: bitlinear_backward(m->dh, g + s->gate_up, NULL, a->gate_up, &a->h3, &w->gate_up, block); break;
-    case OP_GLU_BACK:
-      bitlinear_forward(a->gate_up, &a->h3, &w->gate_up, NULL, block);
-      glu_backward(a->gate_up, g + s->sub2, m->dh, a->gate_up, p + s->sub2, a->rstd4, block, F, c->activation);
+    case OP_GATED_BACK:
+      gated_backward(a->gate_up, g + s->sub2, m->dh, &a->h3, &w->gate_up, p + s->sub2, a->rstd4, block, c->activation);
       break;
     case OP_DOWN_BACK: bitlinear_backward(m->dh, g + s->down, NULL, m->dres, &a->h4, &w->down, block); break;
     case OP_NORM_BACK:

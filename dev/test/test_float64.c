@@ -121,14 +121,20 @@ static void glu_quant_recorded(QAct *out, double *rstd, const double *gate_up, c
   free(exact.data);
 }
 
+static void gated_recorded(QAct *out, double *rstd, double *gate_up, const QAct *x, const BitWeight *w, const double *gain, int R, int act,
+                           double eps) {
+  bitlinear_forward(gate_up, x, w, NULL, R);
+  glu_quant_recorded(out, rstd, gate_up, gain, R, w->N / 2, act, eps);
+}
+
 #define act_quant_forward act_quant_recorded
 #define rmsnorm_quant_forward rmsnorm_quant_recorded
-#define glu_quant_forward glu_quant_recorded
+#define gated_forward gated_recorded
 #include "../../bitnet/policy.h"   // and bitnet/losses.h, bitnet/model.h
 #include "../../bitnet/value.h"
 #undef act_quant_forward
 #undef rmsnorm_quant_forward
-#undef glu_quant_forward
+#undef gated_forward
 #include "check.h"
 
 // ---------------------------------------------------------------------------------------------------------

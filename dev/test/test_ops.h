@@ -386,6 +386,40 @@ static void test_fused(void) {
   end_test_();
 }
 
+// The product and the gated unit in one, a slice of rows at a time on the CPU, give the bits of one after the other.
+static void test_gated(void) {
+  enum { R = 601, K = 70, F = 45 };
+  static const struct { int bits; float lambda; int rows; } forms[] = {{8, 1, R}, {4, 1, R}, {8, 1, 64}, {8, 1, 3}, {8, 0.3f, 70}, {0, 1, 70}};
+  for (size_t i = 0; i < ARRAY_LEN(forms); i++) {
+    float *master = dev_floats_(normals_((size_t)2 * F * K, 0, 0.2), (size_t)2 * F * K), *gain = dev_floats_(normals_(F, 1, 0.3), F);
+    floatX *x = dev_acts_(normals_((size_t)R * K, 0, 1), (size_t)R * K), *dout = dev_acts_(normals_((size_t)R * F, 0, 1), (size_t)R * F);
+    reserve_scratch_();
+    size_t rows = (size_t)forms[i].rows, bytes = rows * F * (forms[i].bits && forms[i].lambda == 1 ? 1 : sizeof(floatX));
+    QAct h = new_qact_(forms[i].bits, forms[i].lambda, R, K);
+    BitWeight w = new_weight_(master, NULL, F, F, 0, K, forms[i].lambda, PRECISION_BF16);
+    act_quant_forward(&h, x, forms[i].rows, K);
+    for (int form = 0; form < 3; form++) {   // relu2 with norm, relu2 without, silu with norm
+      int act = form == 2 ? ACT_SILU : ACT_RELU2;
+      const float *g = form == 1 ? NULL : gain;
+      QAct a = new_qact_(forms[i].bits, forms[i].lambda, R, F), b = new_qact_(forms[i].bits, forms[i].lambda, R, F);
+      float *rstd_a = dev_floats_(NULL, R), *rstd_b = dev_floats_(NULL, R), *dgain_a = dev_floats_(NULL, F), *dgain_b = dev_floats_(NULL, F);
+      floatX *gate_up = dev_acts_(NULL, rows * 2 * F), *room = dev_acts_(NULL, rows * 2 * F);
+      gated_forward(&b, rstd_b, room, &h, &w, g, forms[i].rows, act, 1e-5f);
+      bitlinear_forward(gate_up, &h, &w, NULL, forms[i].rows);
+      glu_quant_forward(&a, rstd_a, gate_up, g, forms[i].rows, F, act, 1e-5f);
+      CHECK(same_bits_(read_codes_(a.data, bytes), read_codes_(b.data, bytes), bytes), "case %zu, form %d: values", i, form);
+      CHECK(same_bits_(read_floats_(a.s, rows), read_floats_(b.s, rows), rows * sizeof(float)), "case %zu, form %d: scales", i, form);
+      CHECK(same_bits_(read_floats_(rstd_a, R), read_floats_(rstd_b, R), R * sizeof(float)), "case %zu, form %d: rstd", i, form);
+      gated_backward(room, g ? dgain_b : NULL, dout, &h, &w, g, rstd_a, forms[i].rows, act);
+      glu_backward(gate_up, g ? dgain_a : NULL, dout, gate_up, g, rstd_a, forms[i].rows, F, act);
+      CHECK(same_bits_(read_acts_(room, rows * 2 * F), read_acts_(gate_up, rows * 2 * F), rows * 2 * F * sizeof(float)),
+            "case %zu, form %d: dgate_up", i, form);
+      CHECK(same_bits_(read_floats_(dgain_a, F), read_floats_(dgain_b, F), F * sizeof(float)), "case %zu, form %d: dgain", i, form);
+    }
+    end_test_();
+  }
+}
+
 static void test_pack4(void) {
   // Rows 0 .. 3 of one column: codes 1, 0, -1, 1 -> fields 2, 1, 0, 2 from the low bits up.
   static const int8_t column[4] = {1, 0, -1, 1};
@@ -511,9 +545,9 @@ static void test_gemm_i8(void) {
     float *s = normals_(M, 1, 0.2), *gamma = normals_(N, 1, 0.2), *bias = normals_(N, 0, 100), *residual = normals_(M * N, 0, 100);
     float *out = host_floats_(M * N + 1), *want = host_floats_(M * N);
     int32_t *sums = (int32_t *)host_memory_(M * N * sizeof(int32_t));
-    for (int with = 0; with < 4; with++) {   // bit 0: bias, bit 1: residual
+    for (int with = 0; with < 5; with++) {   // bit 0: bias, bit 1: residual; 0 with the exact sums, 4 without
       for (size_t i = 0; i <= M * N; i++) out[i] = 12345;
-      gemm_i8(out, with ? NULL : sums, q, s, panels, gamma, with & 1 ? bias : NULL, with & 2 ? residual : NULL, M, N, K);
+      gemm_i8(out, with == 0 ? sums : NULL, q, s, panels, gamma, with & 1 ? bias : NULL, with & 2 ? residual : NULL, M, N, K);
       for (size_t m = 0; m < M; m++) {
         for (size_t n = 0; n < N; n++) {
           int sum = 0;
@@ -530,6 +564,34 @@ static void test_gemm_i8(void) {
       CHECK_CLOSE(name, out, want, M * N, 3e-7);
       CHECK(out[M * N] == 12345, "%s: wrote beyond its end", name);
     }
+    end_test_();
+  }
+}
+
+// Sizes at which results pass the caches by, and panels are too many for a core's: whole numbers, so every result is exact.
+static void test_gemm_i8_large(void) {
+  static const size_t shapes[][3] = {{2112, 1664, 65}, {70, 1650, 1000}};
+  for (size_t shape = 0; shape < ARRAY_LEN(shapes); shape++) {
+    size_t M = shapes[shape][0], N = shapes[shape][1], K = shapes[shape][2], wrong[2] = {0, 0};
+    int8_t *q = (int8_t *)host_memory_(M * K), *t = (int8_t *)host_memory_(N * K);
+    for (size_t i = 0; i < M * K; i++) q[i] = (int8_t)(test_below_(256) - 128);
+    for (size_t i = 0; i < N * K; i++) t[i] = (int8_t)(test_below_(3) - 1);
+    uint8_t *panels = (uint8_t *)dev_memory_(ternary_panel_bytes(N, K));
+    ternary_pack_panels(panels, t, N, K);
+    float *ones = host_floats_(M > N ? M : N), *residual = host_floats_(M * N);
+    float *out[2] = {dev_floats_(NULL, M * N), dev_floats_(NULL, M * N)};
+    for (size_t i = 0; i < M || i < N; i++) ones[i] = 1;
+    for (size_t i = 0; i < M * N; i++) residual[i] = (float)(test_below_(2001) - 1000);
+    for (int with = 0; with < 2; with++) gemm_i8(out[with], NULL, q, ones, panels, ones, NULL, with ? residual : NULL, M, N, K);
+    for (size_t m = 0; m < M; m++) {
+      for (size_t n = 0; n < N; n++) {
+        int sum = 0;
+        for (size_t k = 0; k < K; k++) sum += (int)q[m * K + k] * t[n * K + k];
+        wrong[0] += out[0][m * N + n] != (float)sum;
+        wrong[1] += out[1][m * N + n] != (float)sum + residual[m * N + n];
+      }
+    }
+    CHECK(wrong[0] == 0 && wrong[1] == 0, "[%zu,%zu,%zu]: %zu wrong, with a residual %zu", M, N, K, wrong[0], wrong[1]);
     end_test_();
   }
 }
@@ -1338,6 +1400,7 @@ static void test_rows_alone(void) {
 #define CPU_TESTS_                                                                       \
   {"exp_fast", "error of the fast exponential", test_exp_fast},                          \
   {"gemm_i8", "int8 x ternary at odd shapes, exact sums", test_gemm_i8},                 \
+  {"gemm_i8_large", "int8 x ternary beyond the caches", test_gemm_i8_large},             \
   {"gemm_i8_twin", "the fast integer kernels and their plain twin", test_gemm_i8_twin},  \
   {"round_row_twin", "gradients rounded to int8: this machine's code and plain C", test_round_row_twin}, \
   {"gemm_i8_rounded", "integer gradients of rows too wide for the room for codes", test_gemm_i8_rounded}, \
@@ -1354,6 +1417,7 @@ static void test_rows_alone(void) {
   {"pack4", "four codes in a byte, damaged code 3", test_pack4},                                              \
   {"schedules", "lambda, learning rate, weight decay", test_schedules},                                       \
   {"fused", "norm + quantise and gate + norm + quantise in one pass", test_fused},                            \
+  {"gated", "product + gated unit in one, forward and backward", test_gated},                                 \
   {"packed_vs_fake", "BitLinear forward and backward against double", test_packed_vs_fake},                   \
   {"dx_int8", "gradients of inputs as integer products", test_dx_int8},                                       \
   {"cross_entropy", "losses and gradients against double, ignored targets, NaN", test_cross_entropy},         \
