@@ -824,6 +824,7 @@ static void gemm_by(const Kernel *k, const Product *g, void *scratch) {
         for (size_t task = 0; task < blocks * groups; task++) {
           size_t r0 = panels * (task / groups) / blocks, r1 = panels * (task / groups + 1) / blocks;
           size_t q0 = b_panels * (task % groups) / groups, q1 = b_panels * (task % groups + 1) / groups;
+          int once = q1 - q0 <= k->qc / k->nr;   // all columns at a time: a panel of A serves once, and is packed over the last one
           for (size_t qq = q0; qq < q1; qq += k->qc / k->nr) {
             size_t q_end = qq + k->qc / k->nr < q1 ? qq + k->qc / k->nr : q1;
             for (size_t p = 0; p < pieces; p++) {
@@ -832,10 +833,12 @@ static void gemm_by(const Kernel *k, const Product *g, void *scratch) {
               const char *b = b_block + p * k->kc * b_panels * k->nr * k->bytes;
               size_t a_bytes = x.padded * k->mr * k->bytes, b_bytes = x.padded * k->nr * k->bytes;
               int load = g->accumulate || kb0 + p > 0;
-              for (size_t r = r0; r < r1 && qq == q0; r++) k->pack_a(a + (r - r0) * a_bytes, g, r * k->mr, kb0 + x.first, x.kc);
+              for (size_t r = r0; r < r1 && qq == q0 && !once; r++) k->pack_a(a + (r - r0) * a_bytes, g, r * k->mr, kb0 + x.first, x.kc);
               for (size_t r = r0; r < r1; r++) {
+                char *panel = once ? a_block : a + (r - r0) * a_bytes;
+                if (once) k->pack_a(panel, g, r * k->mr, kb0 + x.first, x.kc);
                 for (size_t q = qq; q < q_end; q++)
-                  gemm_tile(k, g, r * k->mr, j0 + q * k->nr, load, a + (r - r0) * a_bytes, b + q * b_bytes, x.kc);
+                  gemm_tile(k, g, r * k->mr, j0 + q * k->nr, load, panel, b + q * b_bytes, x.kc);
               }
             }
             size_t i1 = r1 * k->mr < g->M ? r1 * k->mr : g->M, j1 = q_end * k->nr < nc ? q_end * k->nr : nc;
