@@ -16,7 +16,7 @@ What not:    no policy and no shapes of the network; train_bitnet.c decides what
 Read before: bitnet/ops.h.
 Defines:     exp_fast; Product, gemm, gemm_scratch_bytes; pack_left, pack_right, left_put,
              block_product, transpose; ternary_panel_bytes, ternary_pack_panels, ternary_pack_transposed,
-             gemm_i8, gemm_i8_rounded.
+             codes_sum, gemm_i8, i8_slice_rows, gemm_i8_slice, gemm_i8_rounded.
 
 How a fast product works. A value that was loaded should be used as often as possible before it leaves the register. So C
 is computed in tiles of mr x nr that live in registers: each step of the inner loop loads nr values of B and mr of A
@@ -35,10 +35,8 @@ any kernel may take any part.
 #include "bitnet/ops.h"
 #include "bitnet/utils.h"
 #include "quant.h"
+#include "threads.h"
 #include "vectors.h"
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 // BITNET_SCALAR compiles the plain kernels only; BITNET_FLOAT64 is the build for finite differences.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && !defined(BITNET_SCALAR) && !defined(BITNET_FLOAT64)
 #include <immintrin.h>
@@ -75,22 +73,6 @@ typedef float vfloat __attribute__((vector_size(VBYTES)));
 typedef float vfloat_anywhere __attribute__((vector_size(VBYTES), aligned(sizeof(float))));
 #define ALIGNED __attribute__((aligned(64)))
 enum { VL = VBYTES / sizeof(float), NR = 2 * VL };
-
-static int thread_count(void) {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
-
-static int thread_index(void) {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 /*
 e^x without a branch or a table, so that the compiler can vectorise loops that call it. x = n ln2 + r with |r| <= ln2/2; e^r by

@@ -40,15 +40,6 @@ enum { UNIT_VECTORS = 1, UNIT_INDICES = 1, FIELDS = 4 };
 #endif
 enum { UNIT_BYTES = 64 * UNIT_VECTORS, UNIT_K = 4 * UNIT_INDICES * FIELDS };
 
-// The number of threads inside a parallel region.
-static int threads_here(void) {
-#ifdef _OPENMP
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
-}
-
 static size_t packed_units(size_t K) {
   return (K + UNIT_K - 1) / UNIT_K;
 }

@@ -24,10 +24,8 @@ depends on the shape only and folded in order, so the result has the same bits f
 #include "packed.h"            // packed_i8, gemm_few, screen_argmax: what only inference needs
 #include "peaks.h"             // dev_peaks: what the machine can do
 #include "quant.h"             // ternary_gamma, ternary_code, act_inverse_scale, act_round, lambda_mix
+#include "threads.h"           // choose_threads, thread_count, thread_index, wait_briefly
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -42,48 +40,8 @@ static struct {
   size_t bytes;
 } scratch_;
 
-// The CPUs that are the first hardware thread of their core; SMT siblings share the vector units and only add noise.
-static int physical_cores(void) {
-  int cores = 0, cpus = (int)sysconf(_SC_NPROCESSORS_ONLN);
-  for (int cpu = 0; cpu < cpus; cpu++) {
-    char path[128];
-    int first = cpu;
-    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-    FILE *f = fopen(path, "r");
-    if (f) {
-      if (fscanf(f, "%d", &first) != 1) first = cpu;
-      fclose(f);
-    }
-    cores += first == cpu;
-  }
-  return cores > 0 ? cores : 1;
-}
-
-// The CPUs that a container may use, rounded up; 0 where nothing limits them.
-static int container_cpus(void) {
-  double quota = 0, period = 0;
-  FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");
-  if (f == NULL) return 0;
-  int n = fscanf(f, "%lf %lf", &quota, &period);   // "max 100000" without a limit
-  fclose(f);
-  return n == 2 && period > 0 ? (int)ceil(quota / period) : 0;
-}
-
 int dev_init(int threads) {
-#ifdef _OPENMP
-  if (threads <= 0) {
-    int cores = physical_cores(), allowed = omp_get_num_procs(), quota = container_cpus();
-    threads = cores < allowed ? cores : allowed;
-    if (quota > 0 && quota < threads) threads = quota;
-    if (getenv("OMP_NUM_THREADS")) threads = omp_get_max_threads();
-  }
-  omp_set_num_threads(threads);
-#else
-  (void)physical_cores;
-  (void)container_cpus;
-  (void)threads;
-#endif
-  return thread_count();
+  return choose_threads(threads);
 }
 
 const char *dev_name(void) {
@@ -1504,37 +1462,6 @@ void adamw_update(float *p, float *m, float *v, const float *g, size_t n, const 
 
 // ---------------------------------------------------------------------------------------------------------
 // The program. Tests include this file and bring their own main.
-
-// 1 if, at three moments, more threads of other programs wanted to run than this one leaves cores for; 0 if not, or if unknown.
-UNUSED static int others_compute(void) {
-  long cores = sysconf(_SC_NPROCESSORS_ONLN), threads = getenv("OMP_NUM_THREADS") ? atol(getenv("OMP_NUM_THREADS")) : cores;
-  for (int moment = 0; moment < 3; moment++) {
-    long running = 1;   // with this one
-    FILE *f = fopen("/proc/loadavg", "r");
-    int found = f && fscanf(f, "%*f %*f %*f %ld", &running) == 1;
-    if (f) fclose(f);
-    if (!found || running - 1 + threads <= cores) return 0;
-    usleep(1000);
-  }
-  return 1;
-}
-
-/*
-A thread that waits for the others may spin or sleep. Spinning is fast while every thread has a core, for waking a thread takes longer
-than many an op. Beside other programs it takes the core from the very thread that it waits for, and a step of a small model takes
-three times as long, ten times as OpenMP's runtime comes. So the program looks who else computes when it starts. The runtime reads its
-settings before main begins; to change them the program starts itself once more.
-*/
-UNUSED static void wait_briefly(char **argv) {
-#ifdef _OPENMP
-  if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;   // the user's choice, or ours the second time
-  int brief = others_compute();
-  setenv("GOMP_SPINCOUNT", brief ? "1000" : "10000", 1);   // turns of a loop: some 50 and 500 microseconds
-  setenv("KMP_BLOCKTIME", brief ? "0" : "1", 0);           // the same for clang's runtime, in milliseconds
-  execv("/proc/self/exe", argv);   // returns only if it fails; then the waits are long, nothing else
-#endif
-  (void)argv;
-}
 
 #ifndef TESTING
 #include "modes/modes.h"   // the table of modes; everything above the ops

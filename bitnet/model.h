@@ -209,7 +209,7 @@ typedef struct {
   floatX *mid;         // [R,C]     residual stream between attention and feed-forward
   QAct h3;             // [R,C]     quantised input of gate, up
   float *rstd3;        // [R]
-  floatX *gate_up;     // [R,2F], or a row block of it at lambda = 1: computing it again from codes costs less than keeping it
+  floatX *gate_up;     // [R,2F], or room for a row block at lambda = 1: computing it again from codes costs less than keeping it
   QAct h4;             // [R,F]     quantised input of down
   float *rstd4;        // [R]
 } LayerActs;

@@ -229,7 +229,7 @@ void attention_cached(floatX *out, void *kcache, void *vcache, const floatX *qkv
 // NULL; rstd (=) [R] where gain is given.
 void glu_quant_forward(QAct *out, float *rstd, const floatX *gate_up, const float *gain, int R, int F, int act, float eps);
 // The product before it and the gated unit in one: gate_up [R,2F] (=) x w', out and rstd as above. At lambda = 1 with int8 activations
-// gate_up is work space: what it holds afterwards is not said. w has 2F outputs and no bias.
+// gate_up is work space: what it holds afterwards is not said. w has 2F outputs.
 void gated_forward(QAct *out, float *rstd, floatX *gate_up, const QAct *x, const BitWeight *w, const float *gain, int R, int act,
                    float eps);
 // dgate_up (=) [R,2F], which may be gate_up; dgain (+=) [F] where gain is given
