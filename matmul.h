@@ -1124,8 +1124,7 @@ static inline __m512 rounded_here(__m512 x) {
 
 // Row m, columns n0 .. n0+cols-1 from raw sums. What follows adds to the rounded product, as the GPU does: barriers keep the compiler
 // from fusing multiplication and addition.
-static void i8_store(const I8Result *r, const int32_t *RESTRICT sum, int32_t excess, size_t m,
-                                                           size_t n0, const size_t cols) {
+static void i8_store(const I8Result *r, const int32_t *RESTRICT sum, int32_t excess, size_t m, size_t n0, size_t cols) {
   float *RESTRICT o = r->out + m * r->N + n0, s = r->s[m];
   const float *RESTRICT gamma = r->gamma + n0, *RESTRICT bias = r->bias ? r->bias + n0 : NULL;
   const float *RESTRICT residual = r->residual ? r->residual + m * r->N + n0 : NULL;
@@ -1261,7 +1260,7 @@ static int32_t codes_sum(const int8_t *q, size_t K) {
 #endif
 }
 
-// The same for at most I8_BLOCK rows of codes q of the whole matrix.
+// i8_block for at most I8_BLOCK rows of the whole matrix of codes q, whose sums it makes first.
 static void i8_task(const I8Result *r, const int8_t *q, const uint8_t *panels, size_t m0, size_t rows, size_t p0, size_t p1, size_t K) {
   int32_t excess[I8_BLOCK];
   for (size_t i = 0; i < rows; i++) excess[i] = codes_sum(q + (m0 + i) * K, K);

@@ -323,7 +323,10 @@ static void quantise_row(QAct *out, size_t r, const float *RESTRICT x, size_t K)
     bad += x[k] * 0.0f;
     bad2 += x[half + k] * 0.0f;
   }
-  if (K % 2) top = fabsf(x[K - 1]) > top ? fabsf(x[K - 1]) : top, bad += x[K - 1] * 0.0f;
+  if (K % 2) {
+    top = fabsf(x[K - 1]) > top ? fabsf(x[K - 1]) : top;
+    bad += x[K - 1] * 0.0f;
+  }
   top = top2 > top ? top2 : top;
   bad += bad2;
   float levels = act_levels(out->bits), inverse = act_inverse_scale(top, out->bits), scale = 1.0f / inverse;
