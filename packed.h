@@ -6,7 +6,7 @@ What it is:  ternary weights packed into 2 bits or less, multiplied without bein
              the classifier for few rows; and its screen, a 6-bit copy that finds the largest logit while nearly all of the exact
              table stays unread.
 What not:    nothing of training, and no choice of what is packed; train_bitnet.c decides that.
-Read before: bitnet/ops.h, vectors.h, matmul.h.
+Read before: bitnet/ops.h, vectors.h, matmul_i8.h.
 Defines:     packed_bytes, packed_set_rows, packed_get_row, packed_i8, packed_scratch_bytes; gemm_few, gemm_few_scratch_bytes;
              Screen, screen_bytes, screen_at, screen_set_row, screen_argmax, screen_scratch_bytes.
 
@@ -18,11 +18,11 @@ the sum over each position is divided by 1, 4, 16 or 64 at the end, exactly.
 #ifndef BITNET_PACKED_H
 #define BITNET_PACKED_H
 
-#include "matmul.h"
+#include "matmul_i8.h"
 
 // ---------------------------------------------------------------------------------------------------------
 /*
-The layout of packed weights. As in matmul.h a panel is 16 outputs wide, and the 64 bytes of a vector belong to 16 outputs x 4
+The layout of packed weights. As in matmul_i8.h a panel is 16 outputs wide, and the 64 bytes of a vector belong to 16 outputs x 4
 neighbouring k. A panel is a row of units; a unit holds UNIT_K values of k:
 
     2 bits     1 vector of 64 bytes: four codes a byte, for k, k+4, k+8, k+12 from the lowest bits up                16 k

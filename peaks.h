@@ -1,16 +1,16 @@
 /*
 peaks.h: what the machine can do, measured: the numbers that `bench` compares products and decoding with.
 
-What it is:  the innermost instruction of each kernel of matmul.h in a loop that touches no memory, a loop that does nothing but read
-             memory, and dev_peaks of bitnet/ops.h, which times them on all threads.
-What not:    no product; those are matmul.h's.
-Read before: matmul.h.
-Defines:     dev_peaks.
+What it is:  the innermost instruction of each kernel of matmul.h and matmul_i8.h in a loop that touches no memory, a loop that does
+             nothing but read memory, and dev_peak and dev_peaks of bitnet/ops.h, which time them on all threads.
+What not:    no product; those are matmul.h's and matmul_i8.h's.
+Read before: matmul_i8.h.
+Defines:     dev_peak, dev_peaks.
 */
 #ifndef BITNET_PEAKS_H
 #define BITNET_PEAKS_H
 
-#include "matmul.h"
+#include "matmul_i8.h"
 
 /*
 What the machine can do: the innermost instruction of each kernel in a loop that touches no memory. Each returns the operations of one
@@ -145,31 +145,32 @@ static double peak_loop_i8(size_t steps, float *sink) {
 #endif
 }
 
-// The best of several calls of a peak loop on all threads, operations a second.
-static double best_rate(double (*loop)(size_t, float *), size_t steps) {
-  double best = 0;
-  for (int run = 0; run < 10; run++) {
-    double operations = 0, t0 = time_now();
+double dev_peak(int format) {
+  double (*const loops[])(size_t, float *) = {peak_loop_f32, peak_loop_bf16, peak_loop_i8};
+  double operations = 0, t0 = time_now();
 #pragma omp parallel reduction(+ : operations)
-    {
-      float sink = 0;
-      if (amx_ready()) amx_begin();
-      operations += loop(steps, &sink);
-      if (amx_ready()) amx_end();
-      if (sink != 0) operations += 1;   // never; but the compiler does not know
-    }
-    double rate = operations / (time_now() - t0);
-    best = rate > best ? rate : best;
+  {
+    float sink = 0;
+    if (amx_ready()) amx_begin();
+    operations += loops[format](1 << 18, &sink);
+    if (amx_ready()) amx_end();
+    if (sink != 0) operations += 1;   // never; but the compiler does not know
   }
+  return operations / (time_now() - t0);
+}
+
+static double best_peak(int format) {
+  double best = 0;
+  for (int run = 0; run < 10; run++) best = fmax(best, dev_peak(format));
   return best;
 }
 
 void dev_peaks(Peaks *p) {
   size_t bytes = (size_t)256 << 20;   // larger than the caches of most machines
   float *x = (float *)dev_malloc(bytes);
-  p->fp32 = best_rate(peak_loop_f32, 1 << 20);
-  p->bf16 = best_rate(peak_loop_bf16, 1 << 20);
-  p->int8 = best_rate(peak_loop_i8, 1 << 20);
+  p->fp32 = best_peak(PEAK_FP32);
+  p->bf16 = best_peak(PEAK_BF16);
+  p->int8 = best_peak(PEAK_INT8);
   p->read = 0;
   for (int run = 0; run < 5 && x; run++) {
     double t0 = time_now(), sum = 0;

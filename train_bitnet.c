@@ -20,7 +20,8 @@ depends on the shape only and folded in order, so the result has the same bits f
 */
 #include "bitnet/ops.h"        // the contract that this file implements
 #include "bitnet/utils.h"      // die, memory, random numbers, time
-#include "matmul.h"            // exp_fast, gemm, gemm_i8, ternary_pack_panels
+#include "matmul.h"            // exp_fast, gemm
+#include "matmul_i8.h"         // gemm_i8, ternary_pack_panels
 #include "packed.h"            // packed_i8, gemm_few, screen_argmax: what only inference needs
 #include "peaks.h"             // dev_peaks: what the machine can do
 #include "quant.h"             // ternary_gamma, ternary_code, act_inverse_scale, act_round, lambda_mix

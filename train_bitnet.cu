@@ -815,20 +815,23 @@ void host_parallel(int n, void (*work)(void *ctx, int i), void *ctx) {
   for (int i = 0; i < n; i++) work(ctx, i);
 }
 
-// The best of several runs of n x n x n products, operations a second; 0 if the library has none or there is no memory.
-static double peak_product(cudaDataType_t in, cudaDataType_t out, int n) {
+// The best of `runs` runs of n x n x n products, operations a second; 0 if the library has none or there is no memory.
+static double peak_product(int format, int runs) {
+  const cudaDataType_t types[][2] = {{CUDA_R_32F, CUDA_R_32F}, {CUDA_R_16BF, CUDA_R_16BF}, {CUDA_R_8I, CUDA_R_32I}};
+  int n = gpu_.prop.multiProcessorCount * 64;
+  if (format == PEAK_FP32) n = n / 128 * 64 + 64;
   size_t bytes = (size_t)n * n * 4;
   char *memory = (char *)dev_malloc(3 * bytes);
   double best = 0;
   Product p = {};
   p.M = p.N = p.K = n;
-  p.in = in, p.out = out;
+  p.in = types[format][0], p.out = types[format][1];
   p.lda = p.ldb = p.ldd = (size_t)n;
   p.A = memory, p.B = memory + bytes, p.D = memory + 2 * bytes;
   p.b_trans = true;
   if (memory) LAUNCH(random_bytes_kernel, blocks_for(2 * bytes / 4, 256 * 64), 256, 0, (uint32_t *)memory, 2 * bytes / 4, 0xBF7FBF7Fu);
   bool able = memory && blas_product(&p);   // this one also looks for the algorithm
-  for (int run = 0; able && run < 10; run++) {
+  for (int run = 0; able && run < runs; run++) {
     CUDA_CHECK(cudaStreamSynchronize(gpu_.stream));
     double t0 = time_now();
     for (int k = 0; k < 4; k++) blas_product(&p);
@@ -840,12 +843,15 @@ static double peak_product(cudaDataType_t in, cudaDataType_t out, int n) {
   return best;
 }
 
+double dev_peak(int format) {
+  return peak_product(format, 1);
+}
+
 void dev_peaks(Peaks *p) {
-  int n = gpu_.prop.multiProcessorCount * 64;
   size_t bytes = (size_t)gpu_.prop.multiProcessorCount << 23;
-  p->fp32 = peak_product(CUDA_R_32F, CUDA_R_32F, n / 128 * 64 + 64);
-  p->bf16 = peak_product(CUDA_R_16BF, CUDA_R_16BF, n);
-  p->int8 = peak_product(CUDA_R_8I, CUDA_R_32I, n);
+  p->fp32 = peak_product(PEAK_FP32, 10);
+  p->bf16 = peak_product(PEAK_BF16, 10);
+  p->int8 = peak_product(PEAK_INT8, 10);
   p->read = 0;
   char *memory = (char *)dev_malloc(bytes);
   for (int run = 0; memory && run < 10; run++) {

@@ -112,6 +112,9 @@ typedef struct {
   double fp32, bf16, int8, read;
 } Peaks;
 void dev_peaks(Peaks *p);
+// One such measurement, of some milliseconds, operations a second: machines change their speed, so what is compared with it is timed beside it.
+enum { PEAK_FP32, PEAK_BF16, PEAK_INT8 };
+double dev_peak(int format);
 // Whether float products at this precision are what the name says: 0 for PRECISION_FP32 where activations are bf16.
 int ops_honours_precision(int precision);
 // Bytes of logits that should exist at a time: so many that reading the classifier anew for each chunk of rows does not show.

@@ -317,18 +317,17 @@ static void bench_ops_(const char *only, int dx_int8) {
 // ---------------------------------------------------------------------------------------------------------
 // Products alone: forward at lambda = 1 in int8, both backward products in bf16, the classifier in bf16 and fp32.
 
-static void bench_product_row_(const char *name, int M, int N, int K, double operations, double seconds, double peak) {
+// Times of runs and, measured beside each of them, the peak of their number format; the medians of both are compared.
+static void bench_product_row_(const char *name, int M, int N, int K, double operations, double *seconds, double *peaks) {
   char shape[64];
   snprintf(shape, sizeof shape, "%dx%dx%d", M, N, K);
-  bench_row_(name, shape, 100 * operations / seconds / peak, "% of peak");
+  bench_row_(name, shape, 100 * operations / bench_median_(seconds, BENCH_RUNS) / bench_median_(peaks, BENCH_RUNS), "% of peak");
 }
 
 static void bench_products_(const char *only, int dx_int8) {
-  Peaks peak;
-  dev_peaks(&peak);
   for (size_t i = 0; i < ARRAY_LEN(bench_models); i++) {
     const BenchModel *b = &bench_models[i];
-    double times[3][BENCH_RUNS];
+    double times[2][BENCH_RUNS], peaks[2][BENCH_RUNS];
     Bench x;
     if (only[0] && strcmp(only, b->name) != 0) continue;
     bench_open_(&x, b, 1.0f, dx_int8);
@@ -345,16 +344,19 @@ static void bench_products_(const char *only, int dx_int8) {
         double t0 = time_now();
         bitlinear_forward(y, in[k], w[k], NULL, rows);
         bench_wait_(y);
-        double t1 = time_now();
+        double t1 = time_now(), peak_i8 = dev_peak(PEAK_INT8), t2 = time_now();
         bitlinear_backward(m->dh, m->grads + grad[k], NULL, y, in[k], w[k], rows);
         bench_wait_(m->dh);
+        double t3 = time_now(), peak_bf16 = dev_peak(PEAK_BF16);
         if (run >= 0) {
           times[0][run] = t1 - t0;
-          times[1][run] = time_now() - t1;
+          times[1][run] = t3 - t2;
+          peaks[0][run] = peak_i8;
+          peaks[1][run] = peak_bf16;
         }
       }
-      bench_product_row_("bitlinear_forward int8", rows, w[k]->N, w[k]->K, ops, bench_median_(times[0], BENCH_RUNS), peak.int8);
-      bench_product_row_("bitlinear_backward bf16", rows, w[k]->N, w[k]->K, 2 * ops, bench_median_(times[1], BENCH_RUNS), peak.bf16);
+      bench_product_row_("bitlinear_forward int8", rows, w[k]->N, w[k]->K, ops, times[0], peaks[0]);
+      bench_product_row_("bitlinear_backward bf16", rows, w[k]->N, w[k]->K, 2 * ops, times[1], peaks[1]);
     }
     int V = m->c.vocab, C = m->c.dim, n = m->head_rows;
     for (int precision = 0; precision < 2; precision++) {
@@ -362,10 +364,11 @@ static void bench_products_(const char *only, int dx_int8) {
         double t0 = time_now();
         linear_forward(m->logits, m->final, m->params + m->table.head, n, V, C, precision);
         bench_wait_(m->logits);
-        if (run >= 0) times[2][run] = time_now() - t0;
+        double t1 = time_now(), peak = dev_peak(precision == PRECISION_BF16 ? PEAK_BF16 : PEAK_FP32);
+        if (run >= 0) times[0][run] = t1 - t0, peaks[0][run] = peak;
       }
-      bench_product_row_(precision == PRECISION_BF16 ? "linear_forward bf16" : "linear_forward fp32", n, V, C, 2.0 * n * V * C,
-                         bench_median_(times[2], BENCH_RUNS), precision == PRECISION_BF16 ? peak.bf16 : peak.fp32);
+      bench_product_row_(precision == PRECISION_BF16 ? "linear_forward bf16" : "linear_forward fp32", n, V, C, 2.0 * n * V * C, times[0],
+                         peaks[0]);
     }
     bench_close_(&x);
   }
