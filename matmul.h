@@ -305,22 +305,14 @@ static inline __m512 load16(const Operand *o, size_t at, __mmask16 lanes) {
 
 // ---- fp32: panels of A are [kc][MR], of B [kc][NR] ----
 
-// Inlined, so that two of f, q, h are known not to be there. The inner loop runs along memory.
+// Inlined, so that two of f, q, h are known not to be there, and that sx is 1 where it is. The rows of memory that a panel needs are read side
+// by side, which the hardware foresees.
 static inline __attribute__((always_inline)) void pack_as(float *RESTRICT out, const size_t W, const float *f, const int8_t *q,
                                                           const uint16_t *h, size_t sx, size_t sk, size_t nx, size_t n) {
-  if (sx == 1) {
-    for (size_t k = 0; k < n; k++) {
-      for (size_t x = 0; x < nx; x++) {
-        size_t at = x + k * sk;
-        out[k * W + x] = f ? f[at] : q ? (float)q[at] : float_of_half(h[at]);
-      }
-    }
-  } else {
+  for (size_t k = 0; k < n; k++) {
     for (size_t x = 0; x < nx; x++) {
-      for (size_t k = 0; k < n; k++) {
-        size_t at = x * sx + k * sk;
-        out[k * W + x] = f ? f[at] : q ? (float)q[at] : float_of_half(h[at]);
-      }
+      size_t at = x * sx + k * sk;
+      out[k * W + x] = f ? f[at] : q ? (float)q[at] : float_of_half(h[at]);
     }
   }
 }
@@ -355,7 +347,7 @@ static __attribute__((noinline)) void pack_f32_any(float *out, size_t W, const O
   pack_f32_plain(out, W, *o, x0, k0, n, rounded);
 }
 
-// The same for W = 12 or 32: blocks of sixteen by sixteen, scaled and rounded between loading and storing.
+// The same for W = 12 or 32, sixteen numbers at a time, scaled and rounded between loading and storing.
 static inline __attribute__((always_inline)) void pack_f32(float *out, const size_t W, Operand o, size_t x0, size_t k0, size_t n,
                                                            const int rounded) {
   const __mmask16 stored = W < 16 ? (1 << W) - 1 : 0xFFFF;
@@ -364,30 +356,29 @@ static inline __attribute__((always_inline)) void pack_f32(float *out, const siz
     return;
   }
   if (o.nx > x0 + W) o.nx = x0 + W;
-  for (size_t k = 0; k < n; k += 16, out += 16 * W) {
-    __mmask16 lanes = lanes16(n - k);
-    size_t steps = n - k < 16 ? n - k : 16;
+  for (size_t part = 0; part < W && o.sk == 1; part += 16) {   // rows of memory are rows of t: transpose
+    size_t x = x0 + part, nx = x < o.nx ? o.nx - x : 0;
+    for (size_t k = 0; k < n; k += 16) {
+      __mmask16 lanes = lanes16(n - k);
+      size_t steps = n - k < 16 ? n - k : 16;
+      __m512 t[16];
+      __m512 scale = o.scale ? _mm512_maskz_loadu_ps(lanes, o.scale + k0 + k) : _mm512_set1_ps(1);
+      for (size_t i = 0; i < 16; i++) {
+        t[i] = i < nx ? load16(&o, (x + i) * o.sx + k0 + k, lanes) : _mm512_setzero_ps();
+        if (o.scale) t[i] = _mm512_mul_ps(t[i], scale);
+        if (rounded) t[i] = round16_bf16(t[i]);
+      }
+      transpose16((__m512i *)t);
+      for (size_t i = 0; i < steps; i++) _mm512_mask_storeu_ps(out + (k + i) * W + part, stored, t[i]);
+    }
+  }
+  for (size_t k = 0; k < n && o.sk != 1; k++) {
     for (size_t part = 0; part < W; part += 16) {
       size_t x = x0 + part, nx = x < o.nx ? o.nx - x : 0;
-      __m512 t[16];
-      if (o.sk == 1) {   // rows of memory are rows of t: transpose
-        __m512 scale = o.scale ? _mm512_maskz_loadu_ps(lanes, o.scale + k0 + k) : _mm512_set1_ps(1);
-        for (size_t i = 0; i < 16; i++) {
-          t[i] = i < nx ? load16(&o, (x + i) * o.sx + k0 + k, lanes) : _mm512_setzero_ps();
-          if (o.scale) t[i] = _mm512_mul_ps(t[i], scale);
-          if (rounded) t[i] = round16_bf16(t[i]);
-        }
-        transpose16((__m512i *)t);
-        for (size_t i = 0; i < steps; i++) _mm512_mask_storeu_ps(out + i * W + part, stored, t[i]);
-      } else {
-        __mmask16 there = lanes16(nx);
-        for (size_t i = 0; i < steps; i++) {
-          __m512 v = load16(&o, x + (k0 + k + i) * o.sk, there);
-          if (o.scale) v = _mm512_mul_ps(v, _mm512_set1_ps(o.scale[k0 + k + i]));
-          if (rounded) v = round16_bf16(v);
-          _mm512_mask_storeu_ps(out + i * W + part, stored, v);
-        }
-      }
+      __m512 v = load16(&o, x + (k0 + k) * o.sk, lanes16(nx));
+      if (o.scale) v = _mm512_mul_ps(v, _mm512_set1_ps(o.scale[k0 + k]));
+      if (rounded) v = round16_bf16(v);
+      _mm512_mask_storeu_ps(out + k * W + part, stored, v);
     }
   }
 }

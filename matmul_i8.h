@@ -302,9 +302,9 @@ static inline __attribute__((always_inline)) void i8_store_plain(const I8Result 
 }
 
 /*
-tile_i8 for I8_ROWS rows, four panels and K a multiple of four, with the epilogue in it: sums begin at minus the excess and are stored as results, without a way
-through memory. The empty instructions keep gcc from seeing that sums begin alike, and from moving the epilogue's loads up: either makes it
-run out of registers inside the loop.
+tile_i8 for I8_ROWS rows, four panels and K a multiple of four, with the epilogue in it: sums begin at minus the excess and are stored as
+results, without a way through memory. The empty instructions keep gcc from seeing that sums begin alike, and from moving the epilogue's
+loads up: either makes it run out of registers inside the loop.
 */
 static inline __attribute__((always_inline)) void tile_i8_store(const I8Result *r, const int8_t *q, const uint8_t *panels,
                                                                 const int32_t *excess, size_t m0, size_t n0, size_t K, const int residual,

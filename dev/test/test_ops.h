@@ -568,9 +568,10 @@ static void test_gemm_i8(void) {
   }
 }
 
-// Sizes at which results pass the caches by, and panels are too many for a core's: whole numbers, so every result is exact.
+// Sizes at which results pass the caches by, with whole groups of four and without, and at which panels are too many for a core's: whole
+// numbers, so every result is exact.
 static void test_gemm_i8_large(void) {
-  static const size_t shapes[][3] = {{2112, 1664, 65}, {70, 1650, 1000}};
+  static const size_t shapes[][3] = {{2112, 1664, 65}, {2112, 1664, 64}, {70, 1650, 1000}};
   for (size_t shape = 0; shape < ARRAY_LEN(shapes); shape++) {
     size_t M = shapes[shape][0], N = shapes[shape][1], K = shapes[shape][2], wrong[2] = {0, 0};
     int8_t *q = (int8_t *)host_memory_(M * K), *t = (int8_t *)host_memory_(N * K);
