@@ -226,7 +226,6 @@ typedef struct {
 enum {
   KB = 2048,               // k that are packed at a time
   B_MAX = 4 << 20,         // elements of B that are packed at a time
-  FETCHED = 4 << 20,       // bytes of them from which on the cores' caches do not hold them
   MR_MAX = 32, NR_MAX = 32, KC_MAX = 512, MC_MAX = 384
 };
 
@@ -431,7 +430,7 @@ static void tile_f32(float *c, size_t ldc, int load, const void *a_panel, const 
   }
 }
 
-static const Kernel kernel_f32 = {MR, NR, 256, 1, sizeof(float), 384, 192, pack_a_f32, pack_b_f32, tile_f32, 0};
+static const Kernel kernel_f32 = {MR, NR, 256, 1, sizeof(float), 192, 384, pack_a_f32, pack_b_f32, tile_f32, 0};
 
 // ---- bf16: two neighbouring k share a 32-bit word; panels are words ----
 
@@ -812,11 +811,6 @@ static inline GemmPiece gemm_piece(const Kernel *k, size_t kb, size_t p) {
   return x;
 }
 
-// Where column panel q of piece p lies in a packed block of B.
-static inline char *b_at(const Kernel *k, char *b_block, size_t b_panels, size_t kb, size_t p, size_t q) {
-  return b_block + (p * k->kc * b_panels + q * gemm_piece(k, kb, p).padded) * k->nr * k->bytes;
-}
-
 /*
 The loops around the tile, after the scheme of GotoBLAS. A block of B of up to B_MAX elements is packed by all threads together and stays
 in the shared cache. Each thread takes mc rows of A and qc columns, and adds kc after kc to these mc x qc numbers of C, which stay in its
@@ -863,19 +857,12 @@ static void gemm_by(const Kernel *k, const Product *g, void *scratch) {
               const char *b = b_block + p * k->kc * b_panels * k->nr * k->bytes;
               size_t a_bytes = x.padded * k->mr * k->bytes, b_bytes = x.padded * k->nr * k->bytes;
               int load = g->accumulate || kb0 + p > 0;
-              // A block of B that no core's cache holds comes from the shared one: the next kc x qc of it is fetched a few lines a tile.
-              size_t next_p = p + 1 < pieces ? p + 1 : 0, next_q = next_p ? qq : q_end < q1 ? q_end : q0;
-              size_t next_end = next_q + k->qc / k->nr < q1 ? next_q + k->qc / k->nr : q1;
-              const char *ahead = b_at(k, b_block, b_panels, kb, next_p, next_q), *ahead_end = b_at(k, b_block, b_panels, kb, next_p, next_end);
-              size_t fetch = k->amx || kb * nc * k->bytes < FETCHED ? 0 : (size_t)(ahead_end - ahead) / 64 / ((r1 - r0) * (q_end - qq)) + 1;
               for (size_t r = r0; r < r1 && qq == q0 && !once; r++) k->pack_a(a + (r - r0) * a_bytes, g, r * k->mr, kb0 + x.first, x.kc);
               for (size_t r = r0; r < r1; r++) {
                 char *panel = once ? a_block : a + (r - r0) * a_bytes;
                 if (once) k->pack_a(panel, g, r * k->mr, kb0 + x.first, x.kc);
-                for (size_t q = qq; q < q_end; q++) {
-                  for (size_t line = 0; line < fetch && ahead < ahead_end; line++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+                for (size_t q = qq; q < q_end; q++)
                   gemm_tile(k, g, r * k->mr, j0 + q * k->nr, load, panel, b + q * b_bytes, x.kc);
-                }
               }
             }
             size_t i1 = r1 * k->mr < g->M ? r1 * k->mr : g->M, j1 = q_end * k->nr < nc ? q_end * k->nr : nc;
