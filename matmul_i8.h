@@ -35,8 +35,8 @@ enum {
   I8_WIDTH = 16, I8_ROWS = 6,
   I8_BLOCK = 512,        // rows that a thread takes at a time; with AMX half as many
   I8_ROUNDED = 1 << 20,  // bytes of codes that it makes of a gradient at a time
-  I8_CACHE = 5 << 20,    // bytes of a result for each thread that the caches keep until they are used; other kernels have time to write
-  I8_WRITE = 2 << 20,    // to memory while they multiply, so that there it is fewer
+  I8_CACHE = 5 << 20,    // bytes of a result for each thread that the caches keep until they are used, with AMX, and
+  I8_WRITE = 2 << 20,    // without: there is time to write to memory while the tile multiplies
   I8_STREAM = 1 << 20,   // and of the residual stream, which is not used before all of it is there
   I8_PANELS = 1 << 20,   // bytes of panels that meet 32 rows of AMX after 32
   I8_SLICE = 512 << 10   // bytes of a result that its thread uses at once
