@@ -376,6 +376,7 @@ static inline __attribute__((always_inline)) void pack_f32(float *out, const siz
     for (size_t part = 0; part < W; part += 16) {
       size_t x = x0 + part, nx = x < o.nx ? o.nx - x : 0;
       __m512 v = load16(&o, x + (k0 + k) * o.sk, lanes16(nx));
+      if (o.f) __builtin_prefetch(o.f + x + (k0 + k + 16) * o.sk);
       if (o.scale) v = _mm512_mul_ps(v, _mm512_set1_ps(o.scale[k0 + k]));
       if (rounded) v = round16_bf16(v);
       _mm512_mask_storeu_ps(out + k * W + part, stored, v);
@@ -405,7 +406,8 @@ static void pack_b_f32(void *panel, const Product *g, size_t j0, size_t p0, size
   else pack_f32(out, NR, o, j0, p0, kc, 0);
 }
 
-// The compiler keeps acc in MR*2 vector registers.
+// The compiler keeps acc in MR*2 vector registers. One row of the next tile of C, to the right of this one, is fetched every 16 steps: its
+// lines have time to come while this tile is multiplied (and beyond the matrix a fetch does nothing).
 static void tile_f32(float *c, size_t ldc, int load, const void *a_panel, const void *b_panel, size_t kc) {
   const float *RESTRICT a = (const float *)a_panel, *RESTRICT b = (const float *)b_panel;
   vfloat acc[MR][2];
@@ -414,13 +416,20 @@ static void tile_f32(float *c, size_t ldc, int load, const void *a_panel, const 
     acc[i][0] = load ? *(const vfloat_anywhere *)(c + (size_t)i * ldc) : (vfloat){0};
     acc[i][1] = load ? *(const vfloat_anywhere *)(c + (size_t)i * ldc + VL) : (vfloat){0};
   }
+  for (size_t p0 = 0; p0 < kc; p0 += 16) {
+    size_t p1 = p0 + 16 < kc ? p0 + 16 : kc, row = p0 / 16;
+    if (row < MR) {
+      __builtin_prefetch(c + row * ldc + NR, 1);
+      __builtin_prefetch(c + row * ldc + NR + VL, 1);
+    }
 #pragma GCC unroll 2   // counting takes slots of the units that multiply
-  for (size_t p = 0; p < kc; p++) {
-    vfloat b0 = *(const vfloat *)(b + p * NR), b1 = *(const vfloat *)(b + p * NR + VL);
+    for (size_t p = p0; p < p1; p++) {
+      vfloat b0 = *(const vfloat *)(b + p * NR), b1 = *(const vfloat *)(b + p * NR + VL);
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; i++) {
-      acc[i][0] += a[p * MR + i] * b0;
-      acc[i][1] += a[p * MR + i] * b1;
+      for (int i = 0; i < MR; i++) {
+        acc[i][0] += a[p * MR + i] * b0;
+        acc[i][1] += a[p * MR + i] * b1;
+      }
     }
   }
 #pragma GCC unroll 16
@@ -848,7 +857,7 @@ static void gemm_by(const Kernel *k, const Product *g, void *scratch) {
         for (size_t task = 0; task < blocks * groups; task++) {
           size_t r0 = panels * (task / groups) / blocks, r1 = panels * (task / groups + 1) / blocks;
           size_t q0 = b_panels * (task % groups) / groups, q1 = b_panels * (task % groups + 1) / groups;
-          int once = q1 - q0 <= k->qc / k->nr;   // all columns at a time: a panel of A serves once, and is packed over the last one
+          int along = k->bytes == sizeof(float) && g->a_row == 1, once = !along && q1 - q0 <= k->qc / k->nr;
           for (size_t qq = q0; qq < q1; qq += k->qc / k->nr) {
             size_t q_end = qq + k->qc / k->nr < q1 ? qq + k->qc / k->nr : q1;
             for (size_t p = 0; p < pieces; p++) {
@@ -857,7 +866,12 @@ static void gemm_by(const Kernel *k, const Product *g, void *scratch) {
               const char *b = b_block + p * k->kc * b_panels * k->nr * k->bytes;
               size_t a_bytes = x.padded * k->mr * k->bytes, b_bytes = x.padded * k->nr * k->bytes;
               int load = g->accumulate || kb0 + p > 0;
-              for (size_t r = r0; r < r1 && qq == q0 && !once; r++) k->pack_a(a + (r - r0) * a_bytes, g, r * k->mr, kb0 + x.first, x.kc);
+              size_t step = along ? 16 : x.kc;
+              for (size_t at = 0; at < x.kc && qq == q0 && !once; at += step) {
+                size_t n = x.kc - at < step ? x.kc - at : step;
+                for (size_t r = r0; r < r1; r++)
+                  k->pack_a(a + (r - r0) * a_bytes + at * k->mr * k->bytes, g, r * k->mr, kb0 + x.first + at, n);
+              }
               for (size_t r = r0; r < r1; r++) {
                 char *panel = once ? a_block : a + (r - r0) * a_bytes;
                 if (once) k->pack_a(panel, g, r * k->mr, kb0 + x.first, x.kc);

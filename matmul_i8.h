@@ -35,9 +35,8 @@ enum {
   I8_WIDTH = 16, I8_ROWS = 6,
   I8_BLOCK = 512,        // rows that a thread takes at a time; with AMX half as many
   I8_ROUNDED = 1 << 20,  // bytes of codes that it makes of a gradient at a time
-  I8_CACHE = 5 << 20,    // bytes of a result for each thread that the caches keep until they are used, with AMX, and
-  I8_WRITE = 2 << 20,    // without: there is time to write to memory while the tile multiplies
-  I8_STREAM = 1 << 20,   // and of the residual stream, which is not used before all of it is there
+  I8_CACHE = 5 << 20,    // bytes of a result for each thread that the caches keep until they are used, and
+  I8_STREAM = 1 << 20,   // of the residual stream, which is not used before all of it is there
   I8_PANELS = 1 << 20,   // bytes of panels that meet 32 rows of AMX after 32
   I8_SLICE = 512 << 10   // bytes of a result that its thread uses at once
 };
@@ -226,12 +225,12 @@ typedef struct {
 } I8Result;
 
 // A result that leaves the caches before it is read again is written past them: an ordinary store would read each line from memory first.
+// Without AMX there is time to read it while tiles are multiplied (tile_i8_store).
 static I8Result i8_result(float *out, int32_t *exact, const float *s, const float *gamma, const float *bias, const float *residual,
                           size_t M, size_t N) {
-  size_t bytes = M * N * sizeof(float), each = amx_ready() ? I8_CACHE : I8_WRITE;
-  size_t most = residual ? (size_t)I8_STREAM : (size_t)thread_count() * each;
-  int whole = (uintptr_t)out % 64 == 0 && N % 16 == 0;
-  I8Result r = {out, exact, s, gamma, bias, residual, N, whole && bytes > most};
+  size_t bytes = M * N * sizeof(float), most = residual ? (size_t)I8_STREAM : (size_t)thread_count() * I8_CACHE;
+  int whole = (uintptr_t)out % 64 == 0 && N % 16 == 0, past = bytes > most && (residual || amx_ready());
+  I8Result r = {out, exact, s, gamma, bias, residual, N, whole && past};
   return r;
 }
 
@@ -303,8 +302,9 @@ static inline __attribute__((always_inline)) void i8_store_plain(const I8Result 
 
 /*
 tile_i8 for I8_ROWS rows, four panels and K a multiple of four, with the epilogue in it: sums begin at minus the excess and are stored as
-results, without a way through memory. The empty instructions keep gcc from seeing that sums begin alike, and from moving the epilogue's
-loads up: either makes it run out of registers inside the loop.
+results, without a way through memory. The lines that the tile below this one will write, and what will be added there, are fetched on the
+way, a few every eight steps: all at once they would keep the panels waiting. The empty instructions keep gcc from seeing that sums begin
+alike, and from moving the epilogue's loads up: either makes it run out of registers inside the loop.
 */
 static inline __attribute__((always_inline)) void tile_i8_store(const I8Result *r, const int8_t *q, const uint8_t *panels,
                                                                 const int32_t *excess, size_t m0, size_t n0, size_t K, const int residual,
@@ -318,9 +318,18 @@ static inline __attribute__((always_inline)) void tile_i8_store(const I8Result *
       __asm__("" : "+v"(acc[i][v]));
     }
   }
-  const size_t stride = ternary_groups(K) * 64;
+  const size_t stride = ternary_groups(K) * 64, groups = K / 4, lines = I8_ROWS * 4, each = (8 * lines + groups - 1) / groups;
+  const size_t below = (m0 + I8_ROWS) * r->N + n0;
+  for (size_t g0 = 0, line = 0; g0 < groups; g0 += 8) {
+    size_t g1 = groups - g0 < 8 ? groups : g0 + 8, end = line + each < lines ? line + each : lines;
+    for (; line < end; line++) {
+      size_t at = below + line / 4 * r->N + line % 4 * 16;
+      if (!stream) __builtin_prefetch(r->out + at, 1);
+      if (residual) __builtin_prefetch(r->residual + at);
+    }
 #pragma GCC unroll 4   // see tile_f32
-  for (size_t g = 0; g < K / 4; g++) tile_step(acc, panels + g * 64, stride, 0, q + 4 * g, K, I8_ROWS, 4);
+    for (size_t g = g0; g < g1; g++) tile_step(acc, panels + g * 64, stride, 0, q + 4 * g, K, I8_ROWS, 4);
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < I8_ROWS; i++) {
 #pragma GCC unroll 4
