@@ -19,8 +19,8 @@ How a fast product works. A value that was loaded should be used as often as pos
 is computed in tiles of mr x nr that live in registers: each step of the inner loop loads nr values of B and mr of A
 and does mr*nr multiply-adds. To feed that loop with plain sequential loads, A and B are first copied ("packed") into
 panels in exactly the order in which the tile will read them; the copy also converts (int8 -> float, float -> bf16),
-transposes where the operand lies the other way, and multiplies scales in. A block of A is small enough for
-the L2 cache, a panel of B for L1.
+transposes where the operand lies the other way, and multiplies scales in. A panel of A stays in the L1 cache while the panels of B
+that it meets come from L2.
 
 Determinism. Every element of C is summed over k in the same order, in blocks of kc, whatever the number of threads, the tile it
 falls into or the number of rows beside it: edge tiles run the same kernel on panels padded with zeros.
@@ -209,24 +209,32 @@ typedef struct {
   int precision;               // PRECISION_BF16: operands are rounded to bf16 as they are packed (sums stay fp32)
 } Product;
 
+// What a tile of C that follows will need. It is fetched while this one is multiplied, a few lines at a time: all at once they would keep the
+// panels waiting.
+typedef struct {
+  const float *c;      // where it writes
+  const char *a;       // lines of the panel of A that comes next, and how many
+  size_t lines;
+} Next;
+
 /*
 A kernel: how panels are packed, and the product of two of them. Panels hold mr rows of A or nr columns of B, kc values of k at most.
 Packing pads with zeros: rows and columns beyond the matrix, and k up to a multiple of k_step.
 */
 typedef struct {
   size_t mr, nr, kc, k_step, bytes;   // bytes of an element in a panel
-  size_t mc, qc;                      // rows and columns of C that a thread's own cache holds beside kc x qc of B and mc x kc of A
   void (*pack_a)(void *out, const Product *g, size_t i0, size_t p0, size_t kc);
   void (*pack_b)(void *out, const Product *g, size_t j0, size_t p0, size_t kc);
   // c [mr][nr], rows ldc apart: = a b, or += a b where load is set
-  void (*tile)(float *c, size_t ldc, int load, const void *a, const void *b, size_t kc);
+  void (*tile)(float *c, size_t ldc, int load, const void *a, const void *b, size_t kc, const Next *next);
   int amx;
 } Kernel;
 
 enum {
-  KB = 2048,               // k that are packed at a time
-  B_MAX = 4 << 20,         // elements of B that are packed at a time
-  MR_MAX = 32, NR_MAX = 32, KC_MAX = 512, MC_MAX = 384
+  MR_MAX = 32, NR_MAX = 32, KC_MAX = 1024,
+  MC = 1056,               // rows of A that a thread packs at a time, and
+  BC = 192 << 10,          // elements of B, which stay in its own cache
+  PACKED = 16              // steps of k that go to all panels before the next, where memory lies that way
 };
 
 // A bf16 number as a float.
@@ -376,7 +384,7 @@ static inline __attribute__((always_inline)) void pack_f32(float *out, const siz
     for (size_t part = 0; part < W; part += 16) {
       size_t x = x0 + part, nx = x < o.nx ? o.nx - x : 0;
       __m512 v = load16(&o, x + (k0 + k) * o.sk, lanes16(nx));
-      if (o.f) __builtin_prefetch(o.f + x + (k0 + k + 16) * o.sk);
+      if (o.f) __builtin_prefetch(o.f + x + (k0 + k + PACKED) * o.sk);   // the piece after this one
       if (o.scale) v = _mm512_mul_ps(v, _mm512_set1_ps(o.scale[k0 + k]));
       if (rounded) v = round16_bf16(v);
       _mm512_mask_storeu_ps(out + k * W + part, stored, v);
@@ -406,9 +414,8 @@ static void pack_b_f32(void *panel, const Product *g, size_t j0, size_t p0, size
   else pack_f32(out, NR, o, j0, p0, kc, 0);
 }
 
-// The compiler keeps acc in MR*2 vector registers. One row of the next tile of C, to the right of this one, is fetched every 16 steps: its
-// lines have time to come while this tile is multiplied (and beyond the matrix a fetch does nothing).
-static void tile_f32(float *c, size_t ldc, int load, const void *a_panel, const void *b_panel, size_t kc) {
+// The compiler keeps acc in MR*2 vector registers.
+static void tile_f32(float *c, size_t ldc, int load, const void *a_panel, const void *b_panel, size_t kc, const Next *next) {
   const float *RESTRICT a = (const float *)a_panel, *RESTRICT b = (const float *)b_panel;
   vfloat acc[MR][2];
 #pragma GCC unroll 16
@@ -416,11 +423,13 @@ static void tile_f32(float *c, size_t ldc, int load, const void *a_panel, const 
     acc[i][0] = load ? *(const vfloat_anywhere *)(c + (size_t)i * ldc) : (vfloat){0};
     acc[i][1] = load ? *(const vfloat_anywhere *)(c + (size_t)i * ldc + VL) : (vfloat){0};
   }
-  for (size_t p0 = 0; p0 < kc; p0 += 16) {
-    size_t p1 = p0 + 16 < kc ? p0 + 16 : kc, row = p0 / 16;
+  size_t each = (next->lines * 16 + kc - 1) / kc, line = 0;
+  for (size_t p0 = 0, row = 0; p0 < kc; p0 += 16, row++) {
+    size_t p1 = p0 + 16 < kc ? p0 + 16 : kc, end = line + each < next->lines ? line + each : next->lines;
+    for (; line < end; line++) __builtin_prefetch(next->a + 64 * line);
     if (row < MR) {
-      __builtin_prefetch(c + row * ldc + NR, 1);
-      __builtin_prefetch(c + row * ldc + NR + VL, 1);
+      __builtin_prefetch(next->c + row * ldc, 1);
+      __builtin_prefetch(next->c + row * ldc + VL, 1);
     }
 #pragma GCC unroll 2   // counting takes slots of the units that multiply
     for (size_t p = p0; p < p1; p++) {
@@ -439,7 +448,7 @@ static void tile_f32(float *c, size_t ldc, int load, const void *a_panel, const 
   }
 }
 
-static const Kernel kernel_f32 = {MR, NR, 256, 1, sizeof(float), 192, 384, pack_a_f32, pack_b_f32, tile_f32, 0};
+static const Kernel kernel_f32 = {MR, NR, 1024, 1, sizeof(float), pack_a_f32, pack_b_f32, tile_f32, 0};
 
 // ---- bf16: two neighbouring k share a 32-bit word; panels are words ----
 
@@ -554,7 +563,8 @@ static void pack_a_bf16(void *panel, const Product *g, size_t i0, size_t p0, siz
   }
 }
 
-static void tile_bf16(float *c, size_t ldc, int load, const void *a_panel, const void *b_panel, size_t kc) {
+static void tile_bf16(float *c, size_t ldc, int load, const void *a_panel, const void *b_panel, size_t kc, const Next *next) {
+  (void)next;
   const uint32_t *a = (const uint32_t *)a_panel, *b = (const uint32_t *)b_panel;
   __m512 acc[BF_MR][2];
 #pragma GCC unroll 16
@@ -578,7 +588,7 @@ static void tile_bf16(float *c, size_t ldc, int load, const void *a_panel, const
   }
 }
 
-static const Kernel kernel_bf16 = {BF_MR, 32, 256, 32, 2, 192, 384, pack_a_bf16, pack_b_bf16, tile_bf16, 0};
+static const Kernel kernel_bf16 = {BF_MR, 32, 1024, 32, 2, pack_a_bf16, pack_b_bf16, tile_bf16, 0};
 #endif
 #endif
 
@@ -616,7 +626,8 @@ static void pack_b_bf16(void *panel, const Product *g, size_t j0, size_t p0, siz
 }
 
 // acc[i][j]: rows 2i, 2i+1 of columns 2j, 2j+1.
-static void tile_bf16(float *c, size_t ldc, int load, const void *a_panel, const void *b_panel, size_t kc) {
+static void tile_bf16(float *c, size_t ldc, int load, const void *a_panel, const void *b_panel, size_t kc, const Next *next) {
+  (void)next;
   const bfloat16_t *a = (const bfloat16_t *)a_panel, *b = (const bfloat16_t *)b_panel;
   float32x4_t acc[4][4];
 #pragma GCC unroll 4
@@ -651,7 +662,7 @@ static void tile_bf16(float *c, size_t ldc, int load, const void *a_panel, const
   }
 }
 
-static const Kernel kernel_bf16 = {BF_MR, BF_MR, 256, 4, 2, 192, 384, pack_a_bf16, pack_b_bf16, tile_bf16, 0};
+static const Kernel kernel_bf16 = {BF_MR, BF_MR, 1024, 4, 2, pack_a_bf16, pack_b_bf16, tile_bf16, 0};
 #endif
 
 #ifdef BITNET_AMX
@@ -687,7 +698,8 @@ static void pack_b_amx(void *panel, const Product *g, size_t j0, size_t p0, size
 
 // Two by two tiles of C; a tile instruction multiplies 16 rows of 32 k by 16 columns. Where sums are long (kc a product's, not
 // attention's), what C held is added at the end, by ordinary instructions: its lines have time to come until then.
-static void tile_amx(float *c, size_t ldc, int load, const void *a_panel, const void *b_panel, size_t kc) {
+static void tile_amx(float *c, size_t ldc, int load, const void *a_panel, const void *b_panel, size_t kc, const Next *next) {
+  (void)next;
   const char *a = (const char *)a_panel, *b = (const char *)b_panel;
   float sums[32 * 32] ALIGNED, *to = c;
   size_t to_row = ldc;
@@ -731,7 +743,7 @@ static void tile_amx(float *c, size_t ldc, int load, const void *a_panel, const 
   }
 }
 
-static const Kernel kernel_amx = {32, 32, 512, 32, 2, 384, 384, pack_a_amx, pack_b_amx, tile_amx, 1};
+static const Kernel kernel_amx = {32, 32, 512, 32, 2, pack_a_amx, pack_b_amx, tile_amx, 1};
 #endif
 
 // The fastest kernel for this precision. The bf16 kernels need operands of which one stride is 1.
@@ -760,28 +772,23 @@ static const Kernel *gemm_kernel(const Product *g) {
   return contiguous ? fastest_kernel(g->precision) : &kernel_f32;
 }
 
-// Elements of a packed block of B, k x columns, with padding.
-static size_t b_block_elements(size_t k, size_t columns) {
-  return (k + 31) / 32 * 32 * ((columns + NR_MAX - 1) / NR_MAX * NR_MAX);
-}
-
 /*
-Bytes of scratch for a product whose three sizes are these, in any order: one packed block of B, shared, and one block of A for each thread.
+Bytes of scratch for a product whose three sizes are these, in any order: for each thread MC rows of A, or all, and BC elements of B.
 */
 static size_t gemm_scratch_bytes(size_t x, size_t y, size_t z) {
-  size_t most = b_block_elements(x, y);
-  if (b_block_elements(y, z) > most) most = b_block_elements(y, z);
-  if (b_block_elements(x, z) > most) most = b_block_elements(x, z);
-  if (most > B_MAX) most = B_MAX;
-  return (most + (size_t)thread_count() * MC_MAX * KB) * sizeof(float);
+  size_t most = x > y ? x : y;
+  if (z > most) most = z;
+  most = (most + 31) / 32 * 32 + MR_MAX;
+  return (size_t)thread_count() * ((most < MC ? most : (size_t)MC) * (most < KC_MAX ? most : (size_t)KC_MAX) + BC) * sizeof(float);
 }
 
 // One tile of C. Inside the matrix the kernel works in place; at its edges on a copy, of which the valid part is put back.
-static void gemm_tile(const Kernel *k, const Product *g, size_t i0, size_t j0, int load, const void *a, const void *b, size_t kc) {
+static void gemm_tile(const Kernel *k, const Product *g, size_t i0, size_t j0, int load, const void *a, const void *b, size_t kc,
+                      const Next *next) {
   size_t rows = g->M - i0 < k->mr ? g->M - i0 : k->mr, cols = g->N - j0 < k->nr ? g->N - j0 : k->nr;
   float *c = g->C + i0 * g->N + j0;
   if (rows == k->mr && cols == k->nr) {
-    k->tile(c, g->N, load, a, b, kc);
+    k->tile(c, g->N, load, a, b, kc, next);
     return;
   }
   float copy[MR_MAX * NR_MAX] __attribute__((aligned(64)));
@@ -789,12 +796,14 @@ static void gemm_tile(const Kernel *k, const Product *g, size_t i0, size_t j0, i
     memset(copy, 0, sizeof copy);
     for (size_t i = 0; i < rows; i++) memcpy(copy + i * k->nr, c + i * g->N, cols * sizeof(float));
   }
-  k->tile(copy, k->nr, load, a, b, kc);
+  k->tile(copy, k->nr, load, a, b, kc, next);
   for (size_t i = 0; i < rows; i++) memcpy(c + i * g->N, copy + i * k->nr, cols * sizeof(float));
 }
 
-// Adds bias and residual to rows i0 .. i1-1, columns j0 .. j1-1 of the finished product.
+// Adds bias and residual to rows i0 .. i1-1, columns j0 .. j1-1 of the finished product, those of them that it has.
 static void gemm_finish(const Product *g, size_t i0, size_t i1, size_t j0, size_t j1) {
+  if (i1 > g->M) i1 = g->M;
+  if (j1 > g->N) j1 = g->N;
   for (size_t i = i0; i < i1; i++) {
     float *RESTRICT c = g->C + i * g->N;
     if (g->bias) {
@@ -807,85 +816,80 @@ static void gemm_finish(const Product *g, size_t i0, size_t i1, size_t j0, size_
   }
 }
 
-// Piece p of kb values of k: where it begins, how many there are, and how many with padding.
-typedef struct {
-  size_t first, kc, padded;
-} GemmPiece;
+// How many of the threads stand side by side in C, the others below them: with M/down rows and N/across columns for each, what each has
+// to pack is least.
+static size_t gemm_across(size_t M, size_t N, size_t threads) {
+  size_t best = 1;
+  for (size_t across = 2; across <= threads; across++) {
+    if (threads % across == 0 && M * across / threads + N / across < M * best / threads + N / best) best = across;
+  }
+  return best;
+}
 
-static inline GemmPiece gemm_piece(const Kernel *k, size_t kb, size_t p) {
-  GemmPiece x;
-  x.first = p * k->kc;
-  x.kc = kb - x.first < k->kc ? kb - x.first : k->kc;
-  x.padded = (x.kc + k->k_step - 1) / k->k_step * k->k_step;
-  return x;
+// Panels r0 .. r1-1 of A, `panel` bytes each, kc values of k from k0 on. Where a column of A lies along memory, a few steps of k go to all
+// panels before the next few: each row of memory is read once, from its beginning to its end. (bf16 panels want 32 steps at a time
+// and their kernels gain nothing by it.)
+static void gemm_pack_a(const Kernel *k, char *a, const Product *g, size_t r0, size_t r1, size_t k0, size_t kc, size_t panel) {
+  size_t step = g->a_row == 1 && k->bytes == sizeof(float) ? (size_t)PACKED : kc;
+  for (size_t at = 0; at < kc; at += step) {
+    for (size_t r = r0; r < r1; r++)
+      k->pack_a(a + (r - r0) * panel + at * k->mr * k->bytes, g, r * k->mr, k0 + at, kc - at < step ? kc - at : step);
+  }
+}
+
+// The same for panels q0 .. q1-1 of B.
+static void gemm_pack_b(const Kernel *k, char *b, const Product *g, size_t q0, size_t q1, size_t k0, size_t kc, size_t panel) {
+  size_t step = g->b_col == 1 && k->bytes == sizeof(float) ? (size_t)PACKED : kc;
+  for (size_t at = 0; at < kc; at += step) {
+    for (size_t q = q0; q < q1; q++)
+      k->pack_b(b + (q - q0) * panel + at * k->nr * k->bytes, g, q * k->nr, k0 + at, kc - at < step ? kc - at : step);
+  }
 }
 
 /*
-The loops around the tile, after the scheme of GotoBLAS. A block of B of up to B_MAX elements is packed by all threads together and stays
-in the shared cache. Each thread takes mc rows of A and qc columns, and adds kc after kc to these mc x qc numbers of C, which stay in its
-own cache beside kc x qc of B and the mc x kc of A that it packs for itself; the panel of A that the innermost loop uses
-again and again stays in the first-level cache. Rows are shared out evenly; where there are few, columns, too.
+The loops around the tile. Threads share C out in rows and columns, and each packs for itself what it multiplies: panels that two threads
+pack together have to travel from one core's cache to the other's, which takes longer than to pack them twice. For up to MC rows and kc
+values of k, A is packed, then as many panels of B as stay in the core's own cache. Each panel of A meets all of these; the next one is
+fetched meanwhile, for all of A lies in a farther cache. kc is large, so that C is seldom loaded and stored.
 
-The sums run over k in pieces of kc from 0 on, however the rest is cut: no bit depends on the number of threads.
+The sums run over k in order, however the rest is cut: no bit depends on the number of threads.
 scratch: gemm_scratch_bytes(M, N, K), aligned to 64.
 */
 static void gemm_by(const Kernel *k, const Product *g, void *scratch) {
-  size_t threads = (size_t)thread_count(), panels = (g->M + k->mr - 1) / k->mr, blocks = (g->M + k->mc - 1) / k->mc;
-  if (panels >= threads) blocks = (blocks + threads - 1) / threads * threads;
-  if (blocks > panels) blocks = panels;
-  size_t kb_max = g->K < KB ? g->K : (size_t)KB, nc_max = B_MAX / ((kb_max + 31) / 32 * 32) / NR_MAX * NR_MAX;
-  char *a_blocks = (char *)scratch, *b_block = a_blocks + threads * MC_MAX * KB * sizeof(float);
-  for (size_t j0 = 0; j0 < g->N; j0 += nc_max) {
-    size_t nc = g->N - j0 < nc_max ? g->N - j0 : nc_max, b_panels = (nc + k->nr - 1) / k->nr;
-    size_t groups = panels >= 4 * threads ? 1 : (2 * threads + blocks - 1) / blocks;
-    if (groups > b_panels) groups = b_panels;
-    for (size_t kb0 = 0; kb0 < g->K; kb0 += KB) {
-      size_t kb = g->K - kb0 < KB ? g->K - kb0 : (size_t)KB, pieces = (kb + k->kc - 1) / k->kc;
-      int last = kb0 + kb == g->K;
+  size_t threads = (size_t)thread_count(), rows = (g->M + k->mr - 1) / k->mr, columns = (g->N + k->nr - 1) / k->nr;
+  size_t across = gemm_across(g->M, g->N, threads), down = threads / across, room = gemm_scratch_bytes(g->M, g->N, g->K) / threads;
 #pragma omp parallel
-      {
-        kernel_begin(k);
-#pragma omp for schedule(static) collapse(2)
-        for (size_t p = 0; p < pieces; p++) {
-          for (size_t q = 0; q < b_panels; q++) {
-            GemmPiece x = gemm_piece(k, kb, p);
-            k->pack_b(b_block + (p * k->kc * b_panels + q * x.padded) * k->nr * k->bytes, g, j0 + q * k->nr, kb0 + x.first, x.kc);
-          }
-        }
-        char *a_block = a_blocks + (size_t)thread_index() * MC_MAX * KB * sizeof(float);
+  {
+    kernel_begin(k);
+    char *b = (char *)scratch + (size_t)thread_index() * room, *a = b + BC * sizeof(float);
 #pragma omp for schedule(static)
-        for (size_t task = 0; task < blocks * groups; task++) {
-          size_t r0 = panels * (task / groups) / blocks, r1 = panels * (task / groups + 1) / blocks;
-          size_t q0 = b_panels * (task % groups) / groups, q1 = b_panels * (task % groups + 1) / groups;
-          int along = k->bytes == sizeof(float) && g->a_row == 1, once = !along && q1 - q0 <= k->qc / k->nr;
-          for (size_t qq = q0; qq < q1; qq += k->qc / k->nr) {
-            size_t q_end = qq + k->qc / k->nr < q1 ? qq + k->qc / k->nr : q1;
-            for (size_t p = 0; p < pieces; p++) {
-              GemmPiece x = gemm_piece(k, kb, p);
-              char *a = a_block + p * k->kc * (r1 - r0) * k->mr * k->bytes;
-              const char *b = b_block + p * k->kc * b_panels * k->nr * k->bytes;
-              size_t a_bytes = x.padded * k->mr * k->bytes, b_bytes = x.padded * k->nr * k->bytes;
-              int load = g->accumulate || kb0 + p > 0;
-              size_t step = along ? 16 : x.kc;
-              for (size_t at = 0; at < x.kc && qq == q0 && !once; at += step) {
-                size_t n = x.kc - at < step ? x.kc - at : step;
-                for (size_t r = r0; r < r1; r++)
-                  k->pack_a(a + (r - r0) * a_bytes + at * k->mr * k->bytes, g, r * k->mr, kb0 + x.first + at, n);
-              }
-              for (size_t r = r0; r < r1; r++) {
-                char *panel = once ? a_block : a + (r - r0) * a_bytes;
-                if (once) k->pack_a(panel, g, r * k->mr, kb0 + x.first, x.kc);
-                for (size_t q = qq; q < q_end; q++)
-                  gemm_tile(k, g, r * k->mr, j0 + q * k->nr, load, panel, b + q * b_bytes, x.kc);
+    for (size_t task = 0; task < threads; task++) {
+      size_t first = rows * (task / across) / down, mine = rows * (task / across + 1) / down - first;
+      size_t q0 = columns * (task % across) / across, q1 = columns * (task % across + 1) / across;
+      size_t blocks = (mine * k->mr + MC - 1) / MC;
+      for (size_t block = 0; block < blocks; block++) {
+        size_t r0 = first + mine * block / blocks, r1 = first + mine * (block + 1) / blocks;
+        for (size_t k0 = 0; k0 < g->K; k0 += k->kc) {
+          size_t kc = g->K - k0 < k->kc ? g->K - k0 : k->kc, padded = (kc + k->k_step - 1) / k->k_step * k->k_step;
+          size_t a_bytes = padded * k->mr * k->bytes, b_bytes = padded * k->nr * k->bytes, panels = BC / (padded * k->nr);
+          gemm_pack_a(k, a, g, r0, r1, k0, kc, a_bytes);
+          for (size_t qq = q0, end; qq < q1; qq = end) {
+            end = q1 - qq < panels ? q1 : qq + panels;
+            gemm_pack_b(k, b, g, qq, end, k0, kc, b_bytes);
+            for (size_t r = r0; r < r1; r++) {
+              size_t below = r + 1 < r1 ? r + 1 : r0, lines = a_bytes / 64 / (end - qq);
+              for (size_t q = qq; q < end; q++) {
+                size_t at = q + 1 < end ? r * k->mr * g->N + (q + 1) * k->nr : below * k->mr * g->N + qq * k->nr;
+                Next next = {g->C + at, a + (below - r0) * a_bytes + (q - qq) * lines * 64, lines};
+                gemm_tile(k, g, r * k->mr, q * k->nr, g->accumulate || k0 > 0, a + (r - r0) * a_bytes, b + (q - qq) * b_bytes, kc, &next);
               }
             }
-            size_t i1 = r1 * k->mr < g->M ? r1 * k->mr : g->M, j1 = q_end * k->nr < nc ? q_end * k->nr : nc;
-            if (last && (g->bias || g->residual)) gemm_finish(g, r0 * k->mr, i1, j0 + qq * k->nr, j0 + j1);
+            if (k0 + kc == g->K && (g->bias || g->residual)) gemm_finish(g, r0 * k->mr, r1 * k->mr, qq * k->nr, end * k->nr);
           }
         }
-        kernel_end(k);
       }
     }
+    kernel_end(k);
   }
 }
 
@@ -950,8 +954,10 @@ static inline void left_put(const Kernel *k, void *left, size_t K, size_t i, siz
 static void block_product(const Kernel *k, float *c, size_t ldc, int load, const void *left, const void *right, size_t M, size_t N,
                           size_t K, size_t left_K) {
   for (size_t i = 0; i < M; i += k->mr) {
-    for (size_t j = 0; j < N; j += k->nr)
-      k->tile(c + i * ldc + j, ldc, load, (const char *)left + left_bytes(k, i, left_K), (const char *)right + right_bytes(k, K, j), K);
+    for (size_t j = 0; j < N; j += k->nr) {
+      Next next = {c + i * ldc + j + k->nr, NULL, 0};
+      k->tile(c + i * ldc + j, ldc, load, (const char *)left + left_bytes(k, i, left_K), (const char *)right + right_bytes(k, K, j), K, &next);
+    }
   }
 }
 

@@ -388,8 +388,8 @@ static void packed_i8(float *out, int32_t *exact, const int8_t *q, const float *
 
 // ---------------------------------------------------------------------------------------------------------
 /*
-The classifier for few rows. gemm packs a block of B into scratch and brings it back for every block of rows, which pays when there
-are many; with few rows B is best packed, used and forgotten. The kernels and the order of the sums are those of gemm: the same bits.
+The classifier for few rows. gemm packs as many panels of B as a core's cache holds, for many rows to meet; with few rows a panel is best
+packed, used and forgotten. The kernels and the order of the sums are those of gemm: the same bits.
 */
 static int gemm_is_few(const Product *g) {
   return g->M <= gemm_kernel(g)->mr && !g->accumulate && !g->bias && !g->residual;
@@ -409,13 +409,14 @@ static void gemm_few(const Product *g, void *scratch) {
   {
     char *b = b_panels + (size_t)thread_index() * KC_MAX * NR_MAX * sizeof(float);
     float c[MR_MAX * NR_MAX] __attribute__((aligned(64)));
+    Next next = {c, NULL, 0};
     if (k->amx) amx_begin();
 #pragma omp for schedule(static)
     for (size_t j0 = 0; j0 < g->N; j0 += k->nr) {
       for (size_t p0 = 0; p0 < g->K; p0 += k->kc) {
         size_t kc = g->K - p0 < k->kc ? g->K - p0 : k->kc;
         k->pack_b(b, g, j0, p0, kc);
-        k->tile(c, k->nr, p0 > 0, a + p0 / k->kc * a_block, b, kc);
+        k->tile(c, k->nr, p0 > 0, a + p0 / k->kc * a_block, b, kc, &next);
       }
       size_t cols = g->N - j0 < k->nr ? g->N - j0 : k->nr;
       for (size_t i = 0; i < g->M; i++) memcpy(g->C + i * g->N + j0, c + i * k->nr, cols * sizeof(float));

@@ -763,6 +763,49 @@ static void test_gemm_float(void) {
 }
 
 /*
+gemm where it is cut everywhere: several blocks of rows, of k, groups of columns; one to four threads, above and beside each other. Small
+integers, so that sums are exact: every thread count and every kernel has to find the same.
+*/
+static void test_gemm_large(void) {
+  static const size_t shapes[][3] = {{2301, 230, 1100}, {230, 2301, 1100}, {1100, 1101, 70}};
+  for (size_t shape = 0; shape < ARRAY_LEN(shapes); shape++) {
+    size_t M = shapes[shape][0], N = shapes[shape][1], K = shapes[shape][2];
+    float *a = host_floats_(M * K), *C = host_floats_(M * N), *bias = host_floats_(N);
+    int8_t *b = (int8_t *)host_memory_(K * N);
+    int *want = (int *)host_memory_(M * N * sizeof(int));
+    for (size_t i = 0; i < M * K; i++) a[i] = (float)(test_below_(17) - 8);
+    for (size_t i = 0; i < K * N; i++) b[i] = (int8_t)(test_below_(17) - 8);
+    for (size_t i = 0; i < N; i++) bias[i] = (float)(test_below_(201) - 100);
+    int along = shape < 2;   // a column of A lies along memory, or a row
+    for (size_t i = 0; i < M; i++) {
+      int *row = want + i * N;
+      for (size_t j = 0; j < N; j++) row[j] = (int)bias[j] + (int)(i + j) % 5;
+      for (size_t p = 0; p < K; p++) {
+        int x = (int)(along ? a[p * M + i] : a[i * K + p]);
+        for (size_t j = 0; j < N; j++) row[j] += x * b[p * N + j];
+      }
+    }
+    for (int threads = 1; threads <= 4; threads++) {
+      for (int precision = 0; precision < 2; precision++) {
+        set_threads_(threads);
+        Product g;
+        memset(&g, 0, sizeof g);
+        g.M = M, g.N = N, g.K = K, g.A = a, g.B_codes = b, g.b_row = N, g.b_col = 1, g.C = C, g.bias = bias;
+        g.a_row = along ? 1 : K, g.a_col = along ? M : 1;
+        g.accumulate = 1, g.precision = precision;
+        for (size_t i = 0; i < M * N; i++) C[i] = (float)((i / N + i % N) % 5);
+        gemm(&g, dev_memory_(gemm_scratch_bytes(M, N, K)));
+        size_t wrong = 0;
+        for (size_t i = 0; i < M * N; i++) wrong += C[i] != (float)want[i];
+        CHECK(wrong == 0, "[%zu,%zu,%zu] %d threads, precision %d: %zu wrong", M, N, K, threads, precision, wrong);
+      }
+    }
+    end_test_();
+  }
+  set_threads_(0);
+}
+
+/*
 Attention's products: every kernel, either operand lying either way, a left operand that was packed with more columns than are
 used; values against double. Every row and column has the bits that it has alone, and one element put into a packed operand is as
 good as the whole of it.
@@ -1406,6 +1449,7 @@ static void test_rows_alone(void) {
   {"round_row_twin", "gradients rounded to int8: this machine's code and plain C", test_round_row_twin}, \
   {"gemm_i8_rounded", "integer gradients of rows too wide for the room for codes", test_gemm_i8_rounded}, \
   {"gemm_float", "float products in every form at odd shapes", test_gemm_float},             \
+  {"gemm_large", "float products beyond every block, any number of threads", test_gemm_large},             \
   {"block_product", "the products of attention at odd shapes", test_block_product},
 #else
 #define CPU_TESTS_
