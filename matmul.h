@@ -232,7 +232,7 @@ typedef struct {
 
 enum {
   MR_MAX = 32, NR_MAX = 32, KC_MAX = 1024,
-  MC = 1056,               // rows of A that a thread packs at a time, and
+  MC = 1056,               // rows of A that a thread packs at a time, a multiple of every mr, and
   BC = 192 << 10,          // elements of B, which stay in its own cache
   PACKED = 16              // steps of k that go to all panels before the next, where memory lies that way
 };
