@@ -847,12 +847,36 @@ static void gemm_pack_b(const Kernel *k, char *b, const Product *g, size_t q0, s
 }
 
 /*
-The loops around the tile. Threads share C out in rows and columns, and each packs for itself what it multiplies: panels that two threads
-pack together have to travel from one core's cache to the other's, which takes longer than to pack them twice. For up to MC rows and kc
-values of k, A is packed, then as many panels of B as stay in the core's own cache. Each panel of A meets all of these; the next one is
-fetched meanwhile, for all of A lies in a farther cache. kc is large, so that C is seldom loaded and stored.
+One thread's part of C, panels r0 .. r1-1 of A (MC rows at most) by q0 .. q1-1 of B. For kc values of k after kc, A is packed, then as many
+panels of B as stay in the core's own cache. Each panel of A meets all of these; the next one is fetched meanwhile, for all of A lies in a
+farther cache. kc is large, so that C is seldom loaded and stored.
+*/
+static void gemm_part(const Kernel *k, const Product *g, char *a, char *b, size_t r0, size_t r1, size_t q0, size_t q1) {
+  for (size_t k0 = 0; k0 < g->K; k0 += k->kc) {
+    size_t kc = g->K - k0 < k->kc ? g->K - k0 : k->kc, padded = (kc + k->k_step - 1) / k->k_step * k->k_step;
+    size_t a_bytes = padded * k->mr * k->bytes, b_bytes = padded * k->nr * k->bytes, panels = BC / (padded * k->nr);
+    gemm_pack_a(k, a, g, r0, r1, k0, kc, a_bytes);
+    for (size_t qq = q0, end; qq < q1; qq = end) {
+      end = q1 - qq < panels ? q1 : qq + panels;
+      gemm_pack_b(k, b, g, qq, end, k0, kc, b_bytes);
+      for (size_t r = r0; r < r1; r++) {
+        size_t below = r + 1 < r1 ? r + 1 : r0, lines = a_bytes / 64 / (end - qq);
+        for (size_t q = qq; q < end; q++) {
+          size_t at = q + 1 < end ? r * k->mr * g->N + (q + 1) * k->nr : below * k->mr * g->N + qq * k->nr;
+          Next next = {g->C + at, a + (below - r0) * a_bytes + (q - qq) * lines * 64, lines};
+          gemm_tile(k, g, r * k->mr, q * k->nr, g->accumulate || k0 > 0, a + (r - r0) * a_bytes, b + (q - qq) * b_bytes, kc, &next);
+        }
+      }
+      if (k0 + kc == g->K && (g->bias || g->residual)) gemm_finish(g, r0 * k->mr, r1 * k->mr, qq * k->nr, end * k->nr);
+    }
+  }
+}
 
-The sums run over k in order, however the rest is cut: no bit depends on the number of threads.
+/*
+Threads share C out in rows and columns, and each packs for itself what it multiplies: panels that two threads pack together have to travel
+from one core's cache to the other's, which takes longer than to pack them twice.
+
+The sums run over k in pieces of kc from 0 on, however the rest is cut: no bit depends on the number of threads.
 scratch: gemm_scratch_bytes(M, N, K), aligned to 64.
 */
 static void gemm_by(const Kernel *k, const Product *g, void *scratch) {
@@ -867,27 +891,8 @@ static void gemm_by(const Kernel *k, const Product *g, void *scratch) {
       size_t first = rows * (task / across) / down, mine = rows * (task / across + 1) / down - first;
       size_t q0 = columns * (task % across) / across, q1 = columns * (task % across + 1) / across;
       size_t blocks = (mine * k->mr + MC - 1) / MC;
-      for (size_t block = 0; block < blocks; block++) {
-        size_t r0 = first + mine * block / blocks, r1 = first + mine * (block + 1) / blocks;
-        for (size_t k0 = 0; k0 < g->K; k0 += k->kc) {
-          size_t kc = g->K - k0 < k->kc ? g->K - k0 : k->kc, padded = (kc + k->k_step - 1) / k->k_step * k->k_step;
-          size_t a_bytes = padded * k->mr * k->bytes, b_bytes = padded * k->nr * k->bytes, panels = BC / (padded * k->nr);
-          gemm_pack_a(k, a, g, r0, r1, k0, kc, a_bytes);
-          for (size_t qq = q0, end; qq < q1; qq = end) {
-            end = q1 - qq < panels ? q1 : qq + panels;
-            gemm_pack_b(k, b, g, qq, end, k0, kc, b_bytes);
-            for (size_t r = r0; r < r1; r++) {
-              size_t below = r + 1 < r1 ? r + 1 : r0, lines = a_bytes / 64 / (end - qq);
-              for (size_t q = qq; q < end; q++) {
-                size_t at = q + 1 < end ? r * k->mr * g->N + (q + 1) * k->nr : below * k->mr * g->N + qq * k->nr;
-                Next next = {g->C + at, a + (below - r0) * a_bytes + (q - qq) * lines * 64, lines};
-                gemm_tile(k, g, r * k->mr, q * k->nr, g->accumulate || k0 > 0, a + (r - r0) * a_bytes, b + (q - qq) * b_bytes, kc, &next);
-              }
-            }
-            if (k0 + kc == g->K && (g->bias || g->residual)) gemm_finish(g, r0 * k->mr, r1 * k->mr, qq * k->nr, end * k->nr);
-          }
-        }
-      }
+      for (size_t block = 0; block < blocks && q0 < q1; block++)
+        gemm_part(k, g, a, b, first + mine * block / blocks, first + mine * (block + 1) / blocks, q0, q1);
     }
     kernel_end(k);
   }
